@@ -1,0 +1,25 @@
+"""The errors a user can cause. Each carries one sentence that says what is wrong and what to do."""
+
+
+class KslPatchError(Exception):
+    """Base class; the command line prints it as one line."""
+
+
+class PatchError(KslPatchError):
+    """A patch, or the file that should hold one, is not valid."""
+
+
+class BaseMismatchError(KslPatchError):
+    """A patch belongs to another base, or a model is not one that a patch can sit on."""
+
+
+class TicketError(KslPatchError):
+    """No ticket can be drawn from the results at hand."""
+
+
+class DataError(KslPatchError):
+    """The sentence pairs cannot be read or are too few."""
+
+
+class RunError(KslPatchError):
+    """A build or a generation cannot be started or continued with what it was given."""

@@ -1,0 +1,417 @@
+"""The patch: token ids, replacement rows and what is known of them, and its one-file form.
+
+File format (docs/format.md): one safetensors file with the tensors below and the metadata key
+`ksl_patch`, a JSON object {"format_version", "checksum", "meta"}.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import re
+import stat
+import tempfile
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from ksl_patch.base import BaseIdentity, check_base, dtype_name, find_embedding, identify, tensor_bytes
+from ksl_patch.errors import PatchError
+
+FORMAT_VERSION = 1
+_MAX_HEADER = 16 * 2**20  # parsed JSON takes many times its text in memory
+Side = Literal["input", "input+output"]
+Scope = Literal["all", "prompt"]
+
+_ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+# RFC 5646: language, script, region, variants, extensions and private use; well-formed, not registered.
+_LANGUAGE = re.compile(
+    r"[A-Za-z]{2,8}(-[A-Za-z]{4})?(-([A-Za-z]{2}|\d{3}))?(-([A-Za-z0-9]{5,8}|\d[A-Za-z0-9]{3}))*"
+    r"(-[A-WY-Za-wy-z0-9](-[A-Za-z0-9]{2,8})+)*(-x(-[A-Za-z0-9]{1,8})+)?"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateMeta:
+    """The prompt a patch was trained with. `text` holds `{source}` once; what follows it is the answer.
+
+    chat: the text is a rendered chat template, so it brings its own special tokens and none are added.
+    """
+
+    text: str
+    chat: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TicketMeta:
+    """How the token ids were selected. statistic and pvalue are per id, in the order of `token_ids`."""
+
+    selection: str
+    test: str
+    alpha: float | None
+    top_k: int | None
+    statistic: list[float]
+    pvalue: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMeta:
+    """How the rows were trained. Learning rates are absolute; `lr_relative` is in units of the table's own scale."""
+
+    mode: str
+    steps: int
+    lr: float
+    lr_relative: float
+    optimiser: str
+    batch_size: int
+    seed: int
+    data_digest: str
+    pairs: int
+    embed_steps: int
+    embed_lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchMeta:
+    """Everything a patch file says besides its tensors."""
+
+    name: str
+    language: str | None
+    base: BaseIdentity
+    side: Side
+    scope: Scope
+    template: TemplateMeta | None
+    ticket: TicketMeta | None
+    training: TrainingMeta | None
+    evaluation: dict[str, Any] | None
+    certificate: dict[str, Any] | None
+    licence: str | None
+    created: str | None
+
+
+class _FileMeta(msgspec.Struct, forbid_unknown_fields=True):
+    format_version: int
+    checksum: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    meta: PatchMeta
+
+
+class _FormatOnly(msgspec.Struct):
+    format_version: int
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """A handful of replacement rows for one base. Immutable; valid from construction on.
+
+    token_ids: int64 [k], sorted, unique.
+    rows: [k, d], the absolute values that replace the base's rows at `token_ids`.
+    base_rows: [k, d], the rows they replace, in the same dtype.
+    output_rows: [k, d] for the head, only with side="input+output"; None there means `rows`.
+    Raises PatchError when anything does not fit together.
+    """
+
+    token_ids: torch.Tensor
+    rows: torch.Tensor
+    base_rows: torch.Tensor
+    meta: PatchMeta
+    output_rows: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "meta", _typed(self.meta))
+        _check_tensors(self)
+        _check_meta(self)
+
+    def __repr__(self) -> str:
+        k, d = self.rows.shape
+        return f"Patch({self.meta.name!r}, {k} rows of {d}, {dtype_name(self.rows.dtype)}, {self.digest[:12]})"
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        token_ids: torch.Tensor | list[int],
+        rows: torch.Tensor,
+        *,
+        name: str,
+        language: str | None = None,
+        tokenizer: Any = None,
+        output_rows: torch.Tensor | None = None,
+        side: Side = "input",
+        scope: Scope = "all",
+        template: TemplateMeta | None = None,
+        licence: str | None = None,
+        created: str | None = None,
+    ) -> Patch:
+        """A patch whose base rows and base identity come from a loaded transformers model.
+
+        token_ids: k ids in any order, unique; rows: [k, d] in the same order, cast to the table's dtype.
+        Raises PatchError when the ids or rows do not fit the model, BaseMismatchError when the model has
+        no table to patch.
+        """
+        table = find_embedding(model)
+        ids = torch.as_tensor(token_ids).cpu()
+        if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise PatchError(f"token_ids must be a list of integers, not {list(ids.shape)} of {dtype_name(ids.dtype)}.")
+        ids, order = ids.long().sort()
+        _check_ids(ids, table.weight.shape[0])
+
+        def ordered(values: torch.Tensor, what: str) -> torch.Tensor:
+            if values.ndim != 2 or len(values) != len(ids):
+                raise PatchError(f"{what} must be [{len(ids)}, d], one row per token id, not {list(values.shape)}.")
+            return values.detach().cpu()[order].to(table.weight.dtype).contiguous()
+
+        return cls(
+            token_ids=ids,
+            rows=ordered(rows, "rows"),
+            base_rows=table.weight.detach()[ids.to(table.weight.device)].cpu(),
+            output_rows=None if output_rows is None else ordered(output_rows, "output_rows"),
+            meta=PatchMeta(
+                name=name,
+                language=language,
+                base=identify(model, tokenizer),
+                side=side,
+                scope=scope,
+                template=template,
+                ticket=None,
+                training=None,
+                evaluation=None,
+                certificate=None,
+                licence=licence,
+                created=created,
+            ),
+        )
+
+    def with_meta(self, **changes: Any) -> Patch:
+        """The same rows with some metadata fields replaced."""
+        return replace(self, meta=replace(self.meta, **changes))
+
+    def check(self, model: Any, tokenizer: Any = None) -> None:
+        """Raise BaseMismatchError unless `model` (and `tokenizer`) is the base of this patch."""
+        check_base(self.meta.base, self.token_ids, self.base_rows, model, tokenizer)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over what decides the model's output: tensors, base, side, scope and template.
+
+        Independent of the file's layout and of what is only said about the patch: name, language,
+        ticket, training, evaluation, certificate, licence, date and the base's labels.
+        """
+        meta = self.meta
+        served = {
+            "content": "ksl_patch 1",
+            "base": [meta.base.fingerprint, meta.base.vocab_size, meta.base.hidden_size, meta.base.tokenizer_digest],
+            "side": meta.side,
+            "scope": meta.scope,
+            "template": None if meta.template is None else [meta.template.text, meta.template.chat],
+        }
+        digest = hashlib.sha256(json.dumps(served, sort_keys=True).encode())
+        for key, tensor in self._tensors().items():
+            digest.update(f"\n{key} {dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
+            digest.update(tensor_bytes(tensor))
+        return digest.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file atomically: a crash leaves the old file or the new one. Same patch, same bytes."""
+        path = Path(path)
+        meta = msgspec.json.encode(
+            _FileMeta(format_version=FORMAT_VERSION, checksum=self._checksum(), meta=self.meta), order="deterministic"
+        )
+        # One metadata key: safetensors writes several in a random order.
+        content = safetensors.torch.save(self._tensors(), metadata={"ksl_patch": meta.decode()})
+        try:
+            write_atomically(path, content)
+        except OSError as error:
+            raise PatchError(f"cannot write {path}: {error.strerror or error}.") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Patch:
+        """Read and check a patch file. Raises PatchError, one sentence that names the file and the fault."""
+        path = Path(path)
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise PatchError(f"cannot read {path}: it is not a regular file.")
+            content = path.read_bytes()
+        except (OSError, ValueError) as error:
+            raise PatchError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
+        try:
+            return cls._from_bytes(content)
+        except PatchError as error:
+            raise PatchError(f"{path}: {error}") from error
+
+    @classmethod
+    def _from_bytes(cls, content: bytes) -> Patch:
+        file = _read_meta(content)
+        try:
+            tensors = safetensors.torch.load(content)
+        except (SafetensorError, ValueError, TypeError, RuntimeError, KeyError) as error:
+            raise PatchError(f"not a valid safetensors file ({error}).") from error
+        required = {"token_ids", "rows", "base_rows"}
+        if not required <= tensors.keys() <= required | {"output_rows"}:
+            raise PatchError(
+                f"has the tensors {sorted(tensors)}, but a patch has {sorted(required)} (and output_rows)."
+            )
+        patch = cls(meta=file.meta, **tensors)
+        if patch._checksum() != file.checksum:
+            raise PatchError("the content does not match its checksum: the file is damaged or was edited.")
+        return patch
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {"base_rows": self.base_rows, "rows": self.rows, "token_ids": self.token_ids}
+        if self.output_rows is not None:
+            tensors["output_rows"] = self.output_rows
+        return dict(sorted(tensors.items()))
+
+    def _checksum(self) -> str:
+        """sha256 over the whole content, description included: finds a damaged file."""
+        meta = msgspec.json.encode(self.meta, order="deterministic")
+        return hashlib.sha256(self.digest.encode() + b"\n" + meta).hexdigest()
+
+
+def timestamp() -> str:
+    """Now, or SOURCE_DATE_EPOCH when it is set (reproducible builds), as ISO 8601 in UTC."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    now = datetime.datetime.fromtimestamp(int(epoch), datetime.UTC) if epoch else datetime.datetime.now(datetime.UTC)
+    return now.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write through a temporary file in the same folder, fsync, rename. Raises OSError."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def check_name(name: str) -> str:
+    """A patch's name, if it is one. Raises PatchError."""
+    if not _NAME.fullmatch(name):
+        raise PatchError(
+            f"{name[:100]!r} is not a patch name: use up to 96 letters, digits, '.', '_' and '-', "
+            "starting with a letter or digit."
+        )
+    return name
+
+
+def check_language(language: str) -> str:
+    """A well-formed BCP 47 language tag, such as "sw" or "zh-Hant". Raises PatchError."""
+    if not _LANGUAGE.fullmatch(language):
+        raise PatchError(f"{language[:100]!r} is not a BCP 47 language tag; examples are 'sw', 'pt-BR' and 'zh-Hant'.")
+    return language
+
+
+def _read_meta(content: bytes) -> _FileMeta:
+    # safetensors: 8 bytes of header length, then that many bytes of JSON, then the data.
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > len(content) - 8:
+        raise PatchError(
+            f"not a valid safetensors file (its {len(content)} bytes cannot hold the header it announces)."
+        )
+    if length > _MAX_HEADER:
+        raise PatchError(f"not a patch: its header of {length} bytes is larger than any patch's ({_MAX_HEADER}).")
+    try:
+        header = json.loads(content[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        raise PatchError("not a valid safetensors file (its header is not JSON).") from error
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    text = metadata.get("ksl_patch") if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise PatchError("a safetensors file, but not a patch: its metadata has no 'ksl_patch' entry.")
+    try:
+        version = msgspec.json.decode(text, type=_FormatOnly).format_version
+        if version != FORMAT_VERSION:
+            raise PatchError(
+                f"has patch format {version}, and this ksl-patch reads format {FORMAT_VERSION}: "
+                "use the ksl-patch that wrote it, or a newer one."
+            )
+        return msgspec.json.decode(text, type=_FileMeta)
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
+        raise PatchError(f"the metadata is not valid ({error}).") from error
+
+
+def _check_ids(ids: torch.Tensor, vocab_size: int) -> None:
+    """ids: int64 [k], already sorted when they come from `from_model`."""
+    if not len(ids):
+        raise PatchError("token_ids is empty: a patch has at least one row.")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        bad = ids[(ids < 0) | (ids >= vocab_size)]
+        raise PatchError(f"token id {int(bad[0])} is outside the table, which has the ids 0 to {vocab_size - 1}.")
+    step = ids.diff()
+    if (step == 0).any():
+        raise PatchError(f"token id {int(ids[1:][step == 0][0])} occurs twice.")
+    if (step < 0).any():
+        raise PatchError("token_ids must be in ascending order.")
+
+
+def _check_tensors(patch: Patch) -> None:
+    ids, base = patch.token_ids, patch.meta.base
+    if ids.dtype != torch.int64 or ids.ndim != 1:
+        raise PatchError(f"token_ids must be int64 [k], not {dtype_name(ids.dtype)} {list(ids.shape)}.")
+    _check_ids(ids, base.vocab_size)
+    for name in ("rows", "base_rows", "output_rows"):
+        rows = getattr(patch, name)
+        if rows is None:
+            continue
+        shape = [len(ids), base.hidden_size]
+        if list(rows.shape) != shape:
+            raise PatchError(f"{name} must have the shape {shape}, not {list(rows.shape)}.")
+        if rows.dtype not in _ROW_DTYPES:
+            raise PatchError(f"{name} must be float32, bfloat16 or float16, not {dtype_name(rows.dtype)}.")
+        if dtype_name(rows.dtype) != base.dtype:
+            raise PatchError(f"{name} must have the base's dtype {base.dtype}, not {dtype_name(rows.dtype)}.")
+        finite = rows.isfinite().all(dim=1)
+        if not finite.all():
+            raise PatchError(f"{name} has a NaN or an infinity at token {int(ids[~finite][0])}.")
+
+
+def _typed(meta: PatchMeta) -> PatchMeta:
+    """The metadata as a file would give it back, so that its types are checked before it is used."""
+    try:
+        return msgspec.json.decode(msgspec.json.encode(meta), type=PatchMeta)
+    except (msgspec.DecodeError, UnicodeEncodeError, TypeError) as error:
+        raise PatchError(f"the metadata is not valid ({error}).") from error
+
+
+def _check_meta(patch: Patch) -> None:
+    meta, k = patch.meta, len(patch.token_ids)
+    check_name(meta.name)
+    if meta.language is not None:
+        check_language(meta.language)
+    if meta.side == "input+output" and not meta.base.tied:
+        raise PatchError("side 'input+output' is for bases whose head is tied to the embedding; this base's is not.")
+    if patch.output_rows is not None and meta.side != "input+output":
+        raise PatchError("output_rows need side 'input+output', but the side is 'input'.")
+    if meta.template is not None and meta.template.text.count("{source}") != 1:
+        raise PatchError("the template must contain '{source}' exactly once.")
+    if meta.ticket is not None and {len(meta.ticket.statistic), len(meta.ticket.pvalue)} != {k}:
+        raise PatchError(
+            f"the ticket has {len(meta.ticket.statistic)} statistics and {len(meta.ticket.pvalue)} p-values "
+            f"for {k} token ids."
+        )

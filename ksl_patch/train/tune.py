@@ -1,0 +1,169 @@
+"""One stage of tuning: train some rows of a base's embedding, and nothing else, with transformers' Trainer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ksl_patch.base import find_embedding
+from ksl_patch.errors import RunError
+from ksl_patch.overlay import SlotRows, overlaid
+from ksl_patch.patch import Side, write_atomically
+from ksl_patch.train.data import Example, collate
+from ksl_patch.train.progress import Reporter
+
+_COMPLETE = "complete"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings:
+    """How a stage trains. lr is absolute; batch_size counts examples per step and process."""
+
+    steps: int
+    lr: float
+    batch_size: int
+    accumulate: int
+    seed: int
+    checkpoint_every: int
+    gradient_checkpointing: bool = False
+
+
+def tune_rows(
+    model: Any,
+    token_ids: torch.Tensor,
+    examples: Sequence[Example],
+    settings: TuneSettings,
+    *,
+    side: Side,
+    folder: Path,
+    stage: str,
+    reporter: Reporter,
+) -> torch.Tensor:
+    """Train the rows of `token_ids` (int64 [k]) from the base's values; returns them as float32 [k, d].
+
+    The optimiser holds k x d numbers; the model's own weights are frozen and never copied. Checkpoints in
+    `folder` let a killed run continue to the same result; a finished stage is read back from `rows.safetensors`.
+    """
+    done = folder / "rows.safetensors"
+    if done.is_file():
+        reporter.note("reused", f"{stage}: already done in {folder}", stage=stage, folder=str(folder))
+        return safetensors.torch.load_file(done)["rows"]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    base_rows = find_embedding(model).weight.detach()[token_ids.to(model.device)].float()
+    slot = SlotRows(token_ids, base_rows, output=side == "input+output")
+    with overlaid(model, [slot], trainable=True) as overlay:
+        overlay.use([1])
+        trainer = _RowTrainer(
+            model=model,
+            args=_arguments(settings, folder, model.device),
+            train_dataset=list(examples),  # type: ignore[arg-type]
+            data_collator=lambda batch: collate(batch, pad=0),  # masked and without labels: any id will do
+            callbacks=[_Progress(stage, reporter)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=_last_complete(folder))
+        rows = overlay.rows.detach().float().cpu().clone()
+        if trainer.is_world_process_zero():
+            write_atomically(done, safetensors.torch.save({"rows": rows, "token_ids": token_ids}))
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        trainer.accelerator.wait_for_everyone()
+    return rows
+
+
+def _arguments(settings: TuneSettings, folder: Path, device: torch.device) -> TrainingArguments:
+    cuda = device.type == "cuda"
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=0,
+        weight_decay=0.0,  # decay would move rows that no example has
+        optim="adamw_torch",
+        max_grad_norm=1.0,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=not cuda,
+        bf16=cuda and torch.cuda.is_bf16_supported(),
+        save_strategy="steps",
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,  # the older one stays until the newer is marked complete
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+
+
+def _last_complete(folder: Path) -> str | None:
+    marked = [marker.parent for marker in folder.glob(f"checkpoint-*/{_COMPLETE}")]
+    return str(max(marked, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]))) if marked else None
+
+
+class _RowTrainer(Trainer):
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Keep the trained rows, not the base."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = (state_dict or {}).get("ksl_overlay.rows")
+        if rows is None:
+            rows = self.accelerator.unwrap_model(self.model).ksl_overlay.rows
+        content = safetensors.torch.save({"ksl_overlay.rows": rows.detach().cpu().contiguous()})
+        write_atomically(folder / "model.safetensors", content)
+
+
+class _Progress(TrainerCallback):
+    """Passes the Trainer's events on, stops at a loss that is no number, and marks finished checkpoints."""
+
+    def __init__(self, stage: str, reporter: Reporter) -> None:
+        self._stage, self._reporter = stage, reporter
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._reporter.begin(self._stage, state.max_steps)
+            if state.global_step:
+                self._reporter.note(
+                    "resumed", f"{self._stage}: continues at step {state.global_step}", step=state.global_step
+                )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            loss = logs["loss"]
+            if loss != loss:
+                raise RunError(
+                    f"{self._stage}: the loss is not a number any more at step {state.global_step}; "
+                    "lower the learning rate."
+                )
+            if state.is_world_process_zero:
+                self._reporter.step(state.global_step, loss)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            # A kill may leave a checkpoint half written; only a marked one is ever continued from.
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._reporter.end()
