@@ -57,7 +57,7 @@ def main(run, sizes, selections, generated, **settings):
         start = time.perf_counter()
         ids, tuned = build.embedding()
         result = build.ks()
-        whole = Ticket(ids.numpy(), result.statistic[ids], result.pvalue[ids], "ks", None, None)
+        whole = Ticket(ids.numpy(), "ks")
         report(
             "tuned embedding", len(ids), build.rows_loss(ids, tuned), build.patch_from(whole, tuned),
             significant={alpha: int((result.pvalue < alpha).sum()) for alpha in (0.05, 0.01)},
@@ -68,7 +68,8 @@ def main(run, sizes, selections, generated, **settings):
             for selection in selections:
                 ticket = build.ticket(selection, k)
                 patch = build.patch_from(ticket, build.rows(ticket))
-                tokens = [build.tokenizer.decode([i]) for i in ticket.token_ids[ticket.statistic.argsort()[::-1]][:18]]
+                largest_first = result.statistic[ticket.token_ids].argsort()[::-1]
+                tokens = [build.tokenizer.decode([i]) for i in ticket.token_ids[largest_first][:18]]
                 report(selection, k, build.patched_loss(patch), patch, tokens=tokens)
     print(json.dumps({"config": dataclasses.asdict(config)}))
 

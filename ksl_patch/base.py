@@ -157,8 +157,8 @@ def check_base(
         first = int(token_ids[differs][0])
         distance = float((own.double() - base_rows.double()).abs().max())
         raise BaseMismatchError(
-            f"{int(differs.sum())} of the patch's {len(token_ids)} base rows differ from this model's, which must agree "
-            f"{how}: the first is token {first}, the largest difference {distance:.3g}. The patch was made for "
+            f"{int(differs.sum())} of the patch's {len(token_ids)} base rows differ from this model's, which must "
+            f"agree {how}: the first is token {first}, the largest difference {distance:.3g}. The patch was made for "
             f"{identity.model_id or 'another base'}."
         )
     if tokenizer is not None and identity.tokenizer_digest is not None:

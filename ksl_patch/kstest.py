@@ -6,7 +6,6 @@ Which rows make a ticket is decided in `ticket.py`; here are only the statistic 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -143,13 +142,8 @@ def _steps_cpu(
         h[start + moved] = _merge(kx, ky)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
-        _drain(pool.map(work, range(0, V, rows)))
+        list(pool.map(work, range(0, V, rows)))  # raises what a piece of work raised
     return h
-
-
-def _drain(results: object) -> None:
-    for _ in results:  # type: ignore[attr-defined]
-        pass
 
 
 # The integer of the same width, and its exponent bits: all set means NaN or infinity.
@@ -231,8 +225,8 @@ def _steps_torch(
             continue
         x, y = x[moved].sort(dim=1).values, y[moved].sort(dim=1).values
         points = torch.cat([x, y], dim=1)  # [R, 2d]: the steps of both distribution functions
-        count: Callable[[torch.Tensor], torch.Tensor] = lambda rows: torch.searchsorted(rows, points, right=True)  # noqa: E731
-        h[start + moved.cpu()] = (count(x) - count(y)).abs().amax(dim=1).cpu()
+        steps = torch.searchsorted(x, points, right=True) - torch.searchsorted(y, points, right=True)
+        h[start + moved.cpu()] = steps.abs().amax(dim=1).cpu()
     return h.numpy()
 
 

@@ -50,27 +50,42 @@ class TemplateMeta:
     text: str
     chat: bool
 
+    def render(self, source: str) -> str:
+        """The prompt for one source sentence."""
+        before, after = self.text.split("{source}")
+        return before + source + after
+
+    def matches(self, prompt: str) -> bool:
+        """Whether a prompt could have come from this template."""
+        before, after = self.text.split("{source}")
+        return len(prompt) >= len(before) + len(after) and prompt.startswith(before) and prompt.endswith(after)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TicketMeta:
-    """How the token ids were selected. statistic and pvalue are per id, in the order of `token_ids`."""
+    """How the token ids were selected.
+
+    test, statistic and pvalue (per id, in the order of `token_ids`) are None for a selection without a test.
+    """
 
     selection: str
-    test: str
+    test: str | None
     alpha: float | None
     top_k: int | None
-    statistic: list[float]
-    pvalue: list[float]
+    statistic: list[float] | None
+    pvalue: list[float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMeta:
-    """How the rows were trained. Learning rates are absolute; `lr_relative` is in units of the table's own scale."""
+    """How the rows were trained; embed_ is the embedding tuning before the test.
+
+    embedding_scale: standard deviation of the table's values; a learning rate divided by it is relative.
+    """
 
     mode: str
     steps: int
     lr: float
-    lr_relative: float
     optimiser: str
     batch_size: int
     seed: int
@@ -78,15 +93,17 @@ class TrainingMeta:
     pairs: int
     embed_steps: int
     embed_lr: float
+    embedding_scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchMeta:
-    """Everything a patch file says besides its tensors."""
+    """Everything a patch file says besides its tensors. tokens: the text of each token id, for people to read."""
 
     name: str
     language: str | None
     base: BaseIdentity
+    tokens: list[str] | None
     side: Side
     scope: Scope
     template: TemplateMeta | None
@@ -178,6 +195,7 @@ class Patch:
                 name=name,
                 language=language,
                 base=identify(model, tokenizer),
+                tokens=None if tokenizer is None else [token_text(tokenizer, index) for index in ids.tolist()],
                 side=side,
                 scope=scope,
                 template=template,
@@ -230,8 +248,9 @@ class Patch:
         meta = msgspec.json.encode(
             _FileMeta(format_version=FORMAT_VERSION, checksum=self._checksum(), meta=self.meta), order="deterministic"
         )
-        # One metadata key: safetensors writes several in a random order.
-        content = safetensors.torch.save(self._tensors(), metadata={"ksl_patch": meta.decode()})
+        # safetensors refuses tensors that share memory, and writes several metadata keys in a random order.
+        tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in self._tensors().items()}
+        content = safetensors.torch.save(tensors, metadata={"ksl_patch": meta.decode()})
         try:
             write_atomically(path, content)
         except OSError as error:
@@ -279,6 +298,12 @@ class Patch:
         """sha256 over the whole content, description included: finds a damaged file."""
         meta = msgspec.json.encode(self.meta, order="deterministic")
         return hashlib.sha256(self.digest.encode() + b"\n" + meta).hexdigest()
+
+
+def token_text(tokenizer: Any, token_id: int) -> str:
+    """A token as text; by its name in the vocabulary where it is no whole character."""
+    text: str = tokenizer.decode([token_id])
+    return tokenizer.convert_ids_to_tokens(token_id) or "" if "\ufffd" in text or not text else text
 
 
 def timestamp() -> str:
@@ -410,8 +435,11 @@ def _check_meta(patch: Patch) -> None:
         raise PatchError("output_rows need side 'input+output', but the side is 'input'.")
     if meta.template is not None and meta.template.text.count("{source}") != 1:
         raise PatchError("the template must contain '{source}' exactly once.")
-    if meta.ticket is not None and {len(meta.ticket.statistic), len(meta.ticket.pvalue)} != {k}:
-        raise PatchError(
-            f"the ticket has {len(meta.ticket.statistic)} statistics and {len(meta.ticket.pvalue)} p-values "
-            f"for {k} token ids."
-        )
+    if meta.tokens is not None and len(meta.tokens) != k:
+        raise PatchError(f"the metadata has the text of {len(meta.tokens)} tokens for {k} token ids.")
+    if meta.scope == "prompt" and meta.side != "input":
+        raise PatchError("scope 'prompt' needs side 'input': the output side acts on what follows the prompt.")
+    for name in ("statistic", "pvalue"):
+        values = getattr(meta.ticket, name, None)
+        if values is not None and len(values) != k:
+            raise PatchError(f"the ticket has {len(values)} values of {name} for {k} token ids.")

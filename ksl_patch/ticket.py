@@ -20,18 +20,18 @@ DEFAULT_CAP = 1024
 
 @dataclass(frozen=True, eq=False)
 class Ticket:
-    """Selected token ids with the test's outcome for each, in ascending order of id.
+    """Selected token ids in ascending order, int64 [k].
 
-    token_ids: int64 [k]; statistic, pvalue: float64 [k].
     selection: "ks" for a ticket by the test, else the control that selected the rows.
+    statistic, pvalue: the test's outcome for each, float64 [k]; None for a control, which needs no test.
     """
 
     token_ids: np.ndarray
-    statistic: np.ndarray
-    pvalue: np.ndarray
     selection: Selection
-    alpha: float | None
-    top_k: int | None
+    alpha: float | None = None
+    top_k: int | None = None
+    statistic: np.ndarray | None = None
+    pvalue: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -67,29 +67,28 @@ def ks_ticket(
             stacklevel=2,
         )
     ids = np.sort(largest_first[: top_k or cap])
-    return _ticket(ids, result, "ks", alpha, top_k)
+    return Ticket(ids, "ks", alpha, top_k, result.statistic[ids], result.pvalue[ids])
 
 
-def frequency_ticket(result: KSResult, counts: np.ndarray, k: int) -> Ticket:
+def frequency_ticket(counts: np.ndarray, k: int) -> Ticket:
     """Control: the k token ids seen most often in training. counts: integers [V]."""
     order = np.argsort(-counts, kind="stable")
-    return _ticket(np.sort(_seen(order, counts)[: _enough(counts, k)]), result, "frequency", None, k)
+    return Ticket(np.sort(order[: _enough(counts, k)]), "frequency", top_k=k)
 
 
-def random_ticket(result: KSResult, counts: np.ndarray, k: int, seed: int) -> Ticket:
+def random_ticket(counts: np.ndarray, k: int, seed: int) -> Ticket:
     """Control: k token ids drawn without replacement among those seen in training. counts: integers [V]."""
     seen = np.flatnonzero(counts)
     ids = np.random.default_rng(seed).choice(seen, _enough(counts, k), replace=False)
-    return _ticket(np.sort(ids), result, "random", None, k)
+    return Ticket(np.sort(ids), "random", top_k=k)
 
 
-def l2_ticket(result: KSResult, before: torch.Tensor, after: torch.Tensor, k: int) -> Ticket:
-    """Control: the k rows that moved farthest in Euclidean distance. before, after: [V, d]."""
+def l2_ticket(before: torch.Tensor, after: torch.Tensor, k: int) -> Ticket:
+    """Control: the k rows that moved farthest in Euclidean distance. before, after: [V, d] on the CPU."""
     distance = torch.linalg.vector_norm(after.float() - before.float(), dim=1).numpy()
     if np.count_nonzero(distance) < k:
         raise TicketError(f"{k} rows were asked for, but only {np.count_nonzero(distance)} changed in training.")
-    ids = np.sort(np.argsort(-distance, kind="stable")[:k])
-    return _ticket(ids, result, "l2", None, k)
+    return Ticket(np.sort(np.argsort(-distance, kind="stable")[:k]), "l2", top_k=k)
 
 
 def detectable_change(statistic: float) -> float:
@@ -119,32 +118,17 @@ def _why_empty(result: KSResult, alpha: float | None) -> str:
             f"the ticket is empty: with {d} values a row, no D can have p < {alpha}, whatever the change; "
             "raise alpha or use top_k."
         )
+    needed, seen = detectable_change(critical), detectable_change(largest)
     return (
-        f"the ticket is empty: no row has p < {alpha}. At {d} values a row D must be at least {critical:.4f}, which "
-        f"takes an independent change of about {detectable_change(critical):.2f} times the row's own scale; the largest "
-        f"D is {largest:.4f} (about {detectable_change(largest):.2f} times). Raise the learning rate or the steps of the "
-        "embedding tuning, raise alpha, or use top_k to take the rows of largest D."
+        f"the ticket is empty: no row has p < {alpha}. At {d} values a row D must be at least {critical:.4f}, "
+        f"which takes an independent change of about {needed:.2f} times the row's own scale; the largest "
+        f"D is {largest:.4f} (about {seen:.2f} times). Raise the learning rate or the steps of the embedding tuning, raise alpha, "
+        "or use top_k to take the rows of largest D."
     )
-
-
-def _seen(order: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    return order[counts[order] > 0]
 
 
 def _enough(counts: np.ndarray, k: int) -> int:
-    seen = np.count_nonzero(counts)
+    seen = int(np.count_nonzero(counts))
     if seen < k:
         raise TicketError(f"{k} rows were asked for, but only {seen} different tokens occur in training.")
     return k
-
-
-def _ticket(ids: np.ndarray, result: KSResult, selection: Selection, alpha: float | None, top_k: int | None) -> Ticket:
-    ids = ids.astype(np.int64)
-    return Ticket(
-        token_ids=ids,
-        statistic=result.statistic[ids],
-        pvalue=result.pvalue[ids],
-        selection=selection,
-        alpha=alpha,
-        top_k=top_k,
-    )

@@ -174,40 +174,41 @@ class Build:
         return KSResult(statistic, pvalue, self.base.hidden_size)
 
     def ticket(self, selection: Selection | None = None, k: int | None = None) -> Ticket:
-        """The selected rows: by the configured rule, or a control of `k` rows (by default the KS ticket's size)."""
-        config, result = self.config, self.ks()
-        selection = selection or config.selection
-        if selection == "ks" or k is None:
+        """The selected rows: by the configured rule, or `k` rows by a selection of the caller's.
+
+        The most frequent and random rows need no embedding tuning.
+        """
+        config = self.config
+        selection, k = selection or config.selection, k or config.top_k
+        if selection == "ks":
             with self._noting_warnings():
-                ticket = ks_ticket(result, alpha=config.alpha, top_k=k or config.top_k, cap=config.cap)
-            if selection == "ks":
-                return ticket
-            k = len(ticket)
+                return ks_ticket(self.ks(), alpha=config.alpha, top_k=k, cap=config.cap)
+        if k is None:
+            raise RunError(f"the selection {selection!r} needs top_k: nothing else says how many rows to take.")
         if selection == "frequency":
-            return frequency_ticket(result, self.counts, k)
+            return frequency_ticket(self.counts, k)
         if selection == "random":
-            return random_ticket(result, self.counts, k, config.seed)
+            return random_ticket(self.counts, k, config.seed)
         token_ids, rows = self.embedding()
         V, d = self.base.vocab_size, self.base.hidden_size
         before, after = torch.zeros(V, d), torch.zeros(V, d)
         before[token_ids], after[token_ids] = self._base_rows(token_ids), rows
-        return l2_ticket(result, before, after, k)
+        return l2_ticket(before, after, k)
 
     def rows(self, ticket: Ticket) -> torch.Tensor:
         """Stage 3. The ticket's rows, float32 [k, d]: tuned alone from the base, or taken from the tuned table."""
         token_ids = torch.from_numpy(ticket.token_ids)
-        what = "" if ticket.selection == "ks" else f", {ticket.selection}"
+        largest = "" if ticket.statistic is None else f", largest D {ticket.statistic.max():.4f}"
         self.reporter.note(
             "ticket",
-            f"ticket: {len(ticket)} rows ({ticket.selection}), largest D {ticket.statistic.max():.4f}",
+            f"ticket: {len(ticket)} rows ({ticket.selection}){largest}",
             selection=ticket.selection,
-            rows=len(ticket),
-            largest_statistic=float(ticket.statistic.max()),
+            token_ids=ticket.token_ids.tolist(),
         )
         if self.config.mode == "transfer":
             tuned_ids, rows = self.embedding()
             return rows[torch.searchsorted(tuned_ids, token_ids)]
-        return self._tune(f"partial tuning{what}", "partial", token_ids, self.config.steps, self.config.lr, ticket)
+        return self._tune("partial tuning", "partial", token_ids, self.config.steps, self.config.lr, ticket)
 
     def patch_from(self, ticket: Ticket, rows: torch.Tensor) -> Patch:
         """The patch of some rows, float32 [k, d], cast to the base's own dtype."""
@@ -230,28 +231,30 @@ class Build:
             )
         finally:
             table.weight.data = table.weight.data.to(compute)
+        partial = config.mode == "partial"
+        tuned = not partial or ticket.selection in ("ks", "l2")
         return patch.with_meta(
             base=self.base,
             ticket=TicketMeta(
                 selection=ticket.selection,
-                test="two-sample Kolmogorov-Smirnov, two-sided, exact",
+                test=None if ticket.statistic is None else "two-sample Kolmogorov-Smirnov, two-sided, exact",
                 alpha=ticket.alpha,
                 top_k=ticket.top_k,
-                statistic=ticket.statistic.tolist(),
-                pvalue=ticket.pvalue.tolist(),
+                statistic=None if ticket.statistic is None else ticket.statistic.tolist(),
+                pvalue=None if ticket.pvalue is None else ticket.pvalue.tolist(),
             ),
             training=TrainingMeta(
                 mode=config.mode,
-                steps=config.steps if config.mode == "partial" else 0,
-                lr=config.lr * self.scale if config.mode == "partial" else 0.0,
-                lr_relative=config.lr if config.mode == "partial" else 0.0,
+                steps=config.steps if partial else 0,
+                lr=config.lr * self.scale if partial else 0.0,
                 optimiser="AdamW, weight decay 0, linear decay",
                 batch_size=config.batch_size * config.accumulate,
                 seed=config.seed,
                 data_digest=data_digest(self.pairs.train),
                 pairs=len(self.examples),
-                embed_steps=config.embed_steps,
-                embed_lr=config.embed_lr * self.scale,
+                embed_steps=config.embed_steps if tuned else 0,
+                embed_lr=config.embed_lr * self.scale if tuned else 0.0,
+                embedding_scale=self.scale,
             ),
         )
 
@@ -361,7 +364,7 @@ class Build:
         if dropped:
             self.reporter.note(
                 "too_long",
-                f"{dropped} of {len(pairs)} {what} pairs are longer than {self.config.max_length} tokens and were left out",
+                f"{dropped} of {len(pairs)} {what} pairs were left out: longer than {self.config.max_length} tokens",
                 pairs=dropped,
             )
         return examples

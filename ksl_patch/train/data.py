@@ -100,7 +100,7 @@ def language_name(tag: str) -> str:
 
     if not langcodes.tag_is_valid(tag):
         raise DataError(f"{tag!r} is not a known language; give a BCP 47 tag such as 'sw', 'pt-BR' or 'zh-Hant'.")
-    return langcodes.get(tag).display_name("en")
+    return str(langcodes.get(tag).display_name("en"))
 
 
 def make_template(kind: str, *, source_language: str, language: str, tokenizer: Any) -> TemplateMeta:
@@ -127,19 +127,13 @@ def make_template(kind: str, *, source_language: str, language: str, tokenizer: 
     return TemplateMeta(text=text, chat=True)
 
 
-def render(template: TemplateMeta, source: str) -> str:
-    """The prompt for one source sentence."""
-    before, after = template.text.split("{source}")
-    return before + source + after
-
-
 def encode(template: TemplateMeta, pairs: Sequence[Pair], tokenizer: Any, end: int, max_length: int) -> list[Example]:
     """Token ids of each pair; pairs longer than `max_length` tokens are left out.
 
     The prompt is tokenised exactly as it will be at generation; the answer is what follows it when prompt
     and target are tokenised together, wherever the tokenizer keeps the prompt's own tokens apart.
     """
-    prompts = [render(template, pair.source) for pair in pairs]
+    prompts = [template.render(pair.source) for pair in pairs]
     # An answer stands off by a space where the prompt does not end in white space: "Spanish:" -> " Hola".
     gap = "" if template.text[-1:].isspace() or template.chat else " "
     texts = [prompt + gap + pair.target for prompt, pair in zip(prompts, pairs, strict=True)]

@@ -1,0 +1,58 @@
+"""The command line: one file per command, each imported when it is called, and one place for errors."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from ksl_patch import __version__
+from ksl_patch.errors import KslPatchError
+
+_COMMANDS = ("build", "generate", "inspect", "verify")
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"ksl_patch.cli.{name}"), name)
+        return command
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ksl-patch")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Embedding patches: teach one language model another language with a handful of embedding rows."""
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 an error in one line on stderr, 2 wrong usage, 130 interrupted."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        cli.main(arguments, prog_name="ksl-patch", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        if debug:
+            raise
+        click.echo("Interrupted. What was finished is kept; the same command continues from there.", err=True)
+        sys.exit(130)
+    except KslPatchError as error:
+        if debug:
+            raise
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        click.echo(f"Error: {type(error).__name__}: {reason} (--debug shows where)", err=True)
+        sys.exit(1)

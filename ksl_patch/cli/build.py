@@ -1,0 +1,139 @@
+"""`ksl-patch build`: from a base and sentence pairs to a patch."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--base", required=True, metavar="M", help="Base model: a local folder or a Hub id.")
+@click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
+@click.option(
+    "--pairs",
+    required=True,
+    metavar="F",
+    help="Sentence pairs: .jsonl, .tsv, or a Hugging Face dataset id[:config[:split]].",
+)
+@click.option("--columns", default="source,target", metavar="S,T", help="Names of the two columns of the pairs.")
+@click.option("--language", required=True, metavar="L", help="Target language, a BCP 47 tag such as sw or pt-BR.")
+@click.option("--source-language", default="en", metavar="L", help="Language of the source sentences.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="P",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Patch to write.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing patch.")
+@click.option("--name", metavar="NAME", help="Name of the patch; by default the output file's.")
+@click.option(
+    "--template", default="plain", metavar="T", help="plain, chat (the base's chat template), or a text with {source}."
+)
+@click.option(
+    "--selection",
+    type=click.Choice(["ks", "frequency", "l2", "random"]),
+    default="ks",
+    help="How the rows are chosen; the last three need --top-k.",
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Ticket: rows whose KS test has p < alpha.  [default: 0.05 without --top-k]",
+)
+@click.option("--top-k", type=click.IntRange(1), metavar="K", help="Ticket: at most the K rows of largest D.")
+@click.option(
+    "--mode",
+    type=click.Choice(["partial", "transfer"]),
+    default="partial",
+    help="Tune the ticket's rows from the base, or take them from the tuned embedding.",
+)
+@click.option(
+    "--side",
+    type=click.Choice(["input", "input+output"]),
+    default="input",
+    help="Patch the embedding only, or the tied head's rows too.",
+)
+@click.option("--embed-steps", type=click.IntRange(1), default=100, help="Steps of the embedding tuning.")
+@click.option(
+    "--embed-lr",
+    type=click.FloatRange(0, min_open=True),
+    default=0.15,
+    help="Its learning rate, in standard deviations of the table's values.",
+)
+@click.option("--steps", type=click.IntRange(1), default=100, help="Steps of the partial tuning.")
+@click.option(
+    "--lr", type=click.FloatRange(0, min_open=True), default=0.15, help="Its learning rate, in the same unit."
+)
+@click.option("--batch-size", type=click.IntRange(1), default=8, help="Pairs in a step, on each process.")
+@click.option("--accumulate", type=click.IntRange(1), default=1, help="Batches in a step.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of everything random.")
+@click.option("--held-out", type=click.IntRange(0), default=64, help="Pairs kept from training to measure the loss on.")
+@click.option("--max-pairs", type=click.IntRange(1), help="Train on at most this many pairs.")
+@click.option("--max-length", type=click.IntRange(8), default=256, help="Leave out pairs of more tokens than this.")
+@click.option(
+    "--resume",
+    "run",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Folder of the run's checkpoints; a build continues from what is there.  [default: P.run]",
+)
+@click.option(
+    "--checkpoint-every", type=click.IntRange(1), default=25, metavar="STEPS", help="Steps between checkpoints."
+)
+@click.option("--licence", metavar="SPDX", help="Licence of the patch, such as CC-BY-4.0.")
+@click.option("--device", metavar="DEV", help="Where to train.  [default: cuda when there is one, else cpu]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of progress bars.")
+def build(output: Path, force: bool, run: Path | None, columns: str, as_json: bool, **options: Any) -> None:
+    """Build a patch for one language from a base model and sentence pairs.
+
+    Three stages: the embedding is tuned, a Kolmogorov-Smirnov test picks the rows that moved (the ticket),
+    and these rows alone are tuned again from the base. Each stage continues from its checkpoint after a kill;
+    a finished stage is used again by any build in the same folder that needs it.
+    """
+    if output.exists() and not force:
+        raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name.")
+    if not output.parent.is_dir():
+        raise click.UsageError(f"the folder {output.parent} does not exist.")
+    both = tuple(part.strip() for part in columns.split(","))
+    if len(both) != 2:
+        raise click.UsageError("--columns takes two names with a comma between them.")
+    if options["selection"] != "ks" and options["top_k"] is None:
+        raise click.UsageError(
+            f"--selection {options['selection']} needs --top-k: nothing else says how many rows to take."
+        )
+    if options["alpha"] is None and options["top_k"] is None:
+        options["alpha"] = 0.05
+    options["name"] = options["name"] or output.stem
+    run = run or output.with_name(output.name + ".run")
+
+    try:
+        from accelerate import PartialState
+
+        from ksl_patch.train.build import BuildConfig
+        from ksl_patch.train.build import build as build_patch
+        from ksl_patch.train.progress import JsonReporter, RichReporter, SilentReporter
+    except ImportError as error:
+        raise click.ClickException(
+            f"building needs the train extra: pip install 'ksl-patch[train]' ({error})."
+        ) from error
+
+    leader = PartialState(cpu=options["device"] == "cpu").is_main_process
+    reporter = (JsonReporter() if as_json else RichReporter()) if leader else SilentReporter()
+    with reporter if isinstance(reporter, RichReporter) else nullcontext():
+        patch = build_patch(BuildConfig(columns=both, **options), run, reporter)  # type: ignore[arg-type]
+    if not leader:
+        return
+    patch.save(output)
+    if as_json:
+        size = output.stat().st_size
+        print(json.dumps({"event": "patch", "path": str(output), "digest": patch.digest, "bytes": size}), flush=True)
+    else:
+        click.echo(f"Wrote {output}: {len(patch.token_ids)} rows, {output.stat().st_size:,} bytes, {patch.digest[:12]}")
+        click.echo(f"Checkpoints are in {run}; delete the folder when no build will continue from it.")

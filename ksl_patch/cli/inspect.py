@@ -1,0 +1,106 @@
+"""`ksl-patch inspect`: what a patch file says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ksl_patch.patch import Patch
+
+
+@click.command()
+@click.argument("patch", metavar="P", type=click.Path(path_type=Path))
+@click.option("--rows", type=click.IntRange(0), default=40, show_default=True, help="Rows to show, largest D first.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+def inspect(patch: Path, rows: int, as_json: bool) -> None:
+    """Show a patch: its rows as tokens with D, p and norms, its base, its training, its size."""
+    from ksl_patch.patch import Patch
+
+    loaded = Patch.load(patch)
+    size = patch.stat().st_size
+    if as_json:
+        meta = dataclasses.asdict(loaded.meta)
+        print(json.dumps({"path": str(patch), "bytes": size, "digest": loaded.digest, **meta, "rows": _rows(loaded)}))
+    else:
+        _print(loaded, size, rows)
+
+
+def _rows(patch: Patch) -> list[dict[str, Any]]:
+    """Per row: token id, text, D, p, the norms of the base's row and of the change."""
+    meta = patch.meta
+    k = len(patch.token_ids)
+    base = patch.base_rows.float()
+    ticket = meta.ticket
+    columns: dict[str, list[Any]] = {
+        "token_id": patch.token_ids.tolist(),
+        "token": meta.tokens or [None] * k,
+        "statistic": (ticket and ticket.statistic) or [None] * k,
+        "pvalue": (ticket and ticket.pvalue) or [None] * k,
+        "base_norm": base.norm(dim=1).tolist(),
+        "change_norm": (patch.rows.float() - base).norm(dim=1).tolist(),
+    }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _print(patch: Patch, size: int, limit: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    meta, base = patch.meta, patch.meta.base
+    console = Console()
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+
+    def fact(name: str, value: object) -> None:
+        if value is not None:
+            facts.add_row(name, Text(str(value)))
+
+    fact("patch", meta.name)
+    fact("language", meta.language)
+    fact("digest", patch.digest)
+    fact("size", f"{len(patch.token_ids)} rows of {base.hidden_size} in {base.dtype}, {size:,} bytes")
+    fact("side, scope", f"{meta.side}, {meta.scope}")
+    fact("base", f"{base.model_id or 'unnamed'}{'@' + base.revision if base.revision else ''}, {base.vocab_size} tokens"
+         f"{', tied head' if base.tied else ''}, fingerprint {base.fingerprint[:12]}")  # fmt: skip
+    if meta.template:
+        fact("template", repr(meta.template.text))
+    if meta.ticket:
+        rule = [f"alpha {meta.ticket.alpha}"] if meta.ticket.alpha else []
+        rule += [f"top {meta.ticket.top_k}"] if meta.ticket.top_k else []
+        fact("ticket", f"{meta.ticket.selection} ({', '.join(rule)})")
+    if meta.training:
+        t = meta.training
+        fact("training", f"{t.mode}, {t.pairs} pairs, {t.embed_steps} embedding steps at lr {t.embed_lr:.3g}, "
+             f"{t.steps} row steps at lr {t.lr:.3g}, batch {t.batch_size}, seed {t.seed}")  # fmt: skip
+    if meta.evaluation and {"loss_base", "loss_patch"} <= meta.evaluation.keys():
+        e = meta.evaluation
+        fact("held-out loss", f"{e['loss_base']:.3f} base, {e['loss_patch']:.3f} patch, on {e['pairs']} pairs")
+    fact("licence", meta.licence)
+    fact("created", meta.created)
+    console.print(facts)
+
+    rows = sorted(_rows(patch), key=lambda row: -(row["statistic"] or 0))
+    table = Table(box=None, pad_edge=False)
+    for name in ("id", "token", "D", "p", "|base|", "|change|"):
+        table.add_column(name, justify="left" if name == "token" else "right")
+    for row in rows[:limit]:
+        table.add_row(
+            str(row["token_id"]),
+            Text("" if row["token"] is None else json.dumps(row["token"], ensure_ascii=False)),
+            *(
+                "" if row[key] is None else f"{row[key]:{form}}"
+                for key, form in (("statistic", ".4f"), ("pvalue", ".2g"))
+            ),
+            f"{row['base_norm']:.3f}",
+            f"{row['change_norm']:.3f}",
+        )
+    console.print(table)
+    if len(rows) > limit:
+        console.print(f"... and {len(rows) - limit} more; --rows shows them")

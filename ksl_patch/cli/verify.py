@@ -1,0 +1,40 @@
+"""`ksl-patch verify`: is a patch file sound, and does it belong to a base?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("patch", metavar="P", type=click.Path(path_type=Path))
+@click.option("--base", metavar="M", help="Also check that the patch belongs to this base: a local folder or a Hub id.")
+@click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(patch: Path, base: str | None, revision: str | None, as_json: bool) -> None:
+    """Check a patch file, and with --base that it belongs to that model. Exits with 0, or with 1 and the reason."""
+    from ksl_patch.errors import BaseMismatchError, PatchError
+    from ksl_patch.patch import Patch
+
+    reason = digest = None
+    try:
+        loaded = Patch.load(patch)
+        digest = loaded.digest
+        if base is not None:
+            from ksl_patch.hf import load_base
+
+            loaded.check(*load_base(base, revision=revision, device="cpu"))
+    except (PatchError, BaseMismatchError) as error:
+        reason = str(error)
+    if as_json:
+        print(
+            json.dumps({"path": str(patch), "valid": reason is None, "reason": reason, "digest": digest, "base": base})
+        )
+    elif reason is None:
+        click.echo(f"{patch}: valid{f', and its base is {base}' if base else ''} ({digest})")
+    else:
+        click.echo(f"Error: {reason}", err=True)
+    if reason is not None:
+        raise click.exceptions.Exit(1)

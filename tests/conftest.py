@@ -1,0 +1,99 @@
+"""Small real things: a tiny Llama with a trained tokenizer, sentence pairs in files, and the real SmolLM2."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+transformers.utils.logging.disable_progress_bar()
+
+ROOT = Path(__file__).parents[1]
+DEMO = Path(os.environ.get("KSL_PATCH_DEMO", ROOT / ".demo"))
+
+NOUNS = {"cat": "gato", "dog": "perro", "house": "casa", "book": "libro", "sea": "mar", "bread": "pan", "hand": "mano"}
+VERBS = {"sees": "ve", "wants": "quiere", "has": "tiene", "finds": "encuentra", "loves": "ama"}
+PAIRS = [
+    (f"The {a} {verb} the {b}.", f"El {NOUNS[a]} {VERBS[verb]} el {NOUNS[b]}.")
+    for a in NOUNS
+    for verb in VERBS
+    for b in NOUNS
+    if a != b
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    texts = [text for pair in PAIRS for text in pair] + ["Translate this sentence from English to Spanish.\n"] * 50
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+def tiny_llama(tied=True, seed=0, dtype=torch.float32, hidden_size=32, vocab_size=400):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        initializer_range=0.3,
+    )
+    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+
+
+@pytest.fixture
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory, tokenizer):
+    """A tiny base on disk, as `--base` takes it."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "es.jsonl"
+    path.write_text("".join(json.dumps({"source": s, "target": t}) + "\n" for s, t in PAIRS))
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The folder of the real SmolLM2-135M-Instruct."""
+    folder = DEMO / "smollm2"
+    assert (folder / "config.json").is_file(), f"no model in {folder}: run `make model`, or leave out `-m real`"
+    return folder
