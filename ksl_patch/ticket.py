@@ -122,8 +122,8 @@ def _why_empty(result: KSResult, alpha: float | None) -> str:
     return (
         f"the ticket is empty: no row has p < {alpha}. At {d} values a row D must be at least {critical:.4f}, "
         f"which takes an independent change of about {needed:.2f} times the row's own scale; the largest "
-        f"D is {largest:.4f} (about {seen:.2f} times). Raise the learning rate or the steps of the embedding tuning, raise alpha, "
-        "or use top_k to take the rows of largest D."
+        f"D is {largest:.4f} (about {seen:.2f} times). Raise the learning rate or the steps of the embedding tuning, "
+        "raise alpha, or use top_k to take the rows of largest D."
     )
 
 

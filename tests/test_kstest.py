@@ -23,9 +23,7 @@ def exact_pvalue(h: int, d: int) -> Fraction:
     """Hodges' sum in rational arithmetic."""
     if h == 0:
         return Fraction(1)
-    terms = (
-        (-1) ** (j + 1) * Fraction(math.comb(2 * d, d + j * h), math.comb(2 * d, d)) for j in range(1, d // h + 1)
-    )
+    terms = ((-1) ** (j + 1) * Fraction(math.comb(2 * d, d + j * h), math.comb(2 * d, d)) for j in range(1, d // h + 1))
     return 2 * sum(terms)
 
 

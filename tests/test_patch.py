@@ -205,7 +205,10 @@ def test_every_metadata_field_swapped_or_removed_is_found(saved, patch, swap):
         (lambda t, m: t.update(rows=t["rows"].double()), "rows must be float32, bfloat16 or float16, not float64"),
         (lambda t, m: t.update(rows=t["rows"].half()), "rows must have the base's dtype float32, not float16"),
         (lambda t, m: t.update(rows=t["rows"] / 0), "rows has a NaN or an infinity at token 3"),
-        (lambda t, m: t["base_rows"].__setitem__((1, 2), float("nan")), "base_rows has a NaN or an infinity at token 7"),
+        (
+            lambda t, m: t["base_rows"].__setitem__((1, 2), float("nan")),
+            "base_rows has a NaN .* at token 7",
+        ),
         (lambda t, m: t.update(rows=t["rows"] + 1), "does not match its checksum"),
         (lambda t, m: m["meta"].update(name="../../etc/passwd"), "is not a patch name"),
         (lambda t, m: m["meta"].update(language="Spanish!"), "is not a BCP 47 language tag"),

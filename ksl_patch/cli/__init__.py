@@ -36,7 +36,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        cli.main(arguments, prog_name="ksl-patch", standalone_mode=False)
+        code = cli.main(arguments, prog_name="ksl-patch", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)  # a command's own exit code, such as verify's 1
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

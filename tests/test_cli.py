@@ -1,0 +1,151 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import tiny_llama
+
+from ksl_patch import Patch
+from ksl_patch.cli import cli
+from ksl_patch.hf import load_base
+from ksl_patch.patch import TemplateMeta
+
+
+def run(*arguments):
+    """A command in a process of its own: exit code, stdout, stderr."""
+    done = subprocess.run([sys.executable, "-m", "ksl_patch", *map(str, arguments)], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def patch_file(base_folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("patch") / "es.safetensors"
+    model, tokenizer = load_base(str(base_folder))
+    g = torch.Generator().manual_seed(0)
+    ids = [300, 301, 302]
+    template = TemplateMeta(text="{source} =>", chat=False)
+    patch = Patch.from_model(
+        model, ids, torch.randn(3, 32, generator=g), name="es", language="es", tokenizer=tokenizer, template=template
+    )
+    patch.save(path)
+    return path
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, ksl_patch, ksl_patch.cli; "
+        "heavy = {'torch', 'transformers', 'vllm', 'peft', 'matplotlib', 'numba', 'scipy'} & set(sys.modules); "
+        "assert not heavy, heavy; "
+        "ksl_patch.Patch, ksl_patch.ks_test, ksl_patch.identify, ksl_patch.ks_ticket; "
+        "heavy = {'transformers', 'vllm', 'peft', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_needs_no_torch_and_names_every_command():
+    start = time.perf_counter()
+    code, out, _ = run("--help")
+    assert code == 0
+    assert time.perf_counter() - start < 5  # loading torch alone takes about as long; under a second when idle
+    for command in ("build", "generate", "inspect", "verify"):
+        assert command in out
+        assert run(command, "--help")[0] == 0
+
+
+def test_inspect_shows_the_rows_as_text(patch_file):
+    result = CliRunner().invoke(cli, ["inspect", str(patch_file)])
+    patch = Patch.load(patch_file)
+    assert result.exit_code == 0
+    assert patch.digest in result.output.replace("\n", "")
+    for text in patch.meta.tokens:
+        assert json.dumps(text, ensure_ascii=False) in result.output
+    shown = json.loads(CliRunner().invoke(cli, ["inspect", str(patch_file), "--json"]).output)
+    assert shown["digest"] == patch.digest
+    assert [row["token_id"] for row in shown["rows"]] == [300, 301, 302]
+    change = (patch.rows - patch.base_rows).norm(dim=1).tolist()
+    assert [row["change_norm"] for row in shown["rows"]] == pytest.approx(change)
+
+
+def test_verify_exits_with_0_or_with_1_and_the_reason(patch_file, base_folder, tmp_path):
+    assert run("verify", patch_file)[0] == 0
+    code, out, _ = run("verify", patch_file, "--base", base_folder, "--json")
+    assert code == 0
+    assert json.loads(out)["valid"] is True
+    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
+    load_base(str(base_folder))[1].save_pretrained(tmp_path / "other")
+    code, out, err = run("verify", patch_file, "--base", tmp_path / "other")
+    assert (code, out) == (1, "")
+    assert err.startswith("Error: 3 of the patch's 3 base rows differ")
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(patch_file.read_bytes()[:-1])
+    code, out, _ = run("verify", damaged, "--json")
+    assert code == 1
+    assert "not a valid safetensors file" in json.loads(out)["reason"]
+
+
+def test_generate_runs_a_mixed_batch(patch_file, base_folder):
+    code, out, err = run(
+        "generate", "--base", base_folder, "--patch", "base", "--patch", patch_file, "--prompt", "The cat",
+        "--prompt", "The cat", "--max-new-tokens", 8, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    base, patched = map(json.loads, out.splitlines())
+    assert base["patch"] is None
+    assert patched["patch"] == str(patch_file)
+    assert err.count("Warning: prompt 2 is not in the template") == 1
+    code, out, err = run(
+        "generate", "--base", base_folder, "--patch", patch_file, "--prompt", "The cat", "--apply-template",
+        "--max-new-tokens", 8,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert out.startswith(f"[{patch_file}] The cat\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["build"], 2, "Missing option"),
+        (["nothing"], 2, "No such command"),
+        (["build", "--base", "m", "--pairs", "p.jsonl", "--language", "es", "-o", "no/such/p"], 2, "folder"),
+        (["build", "--base", "m", "--pairs", "p.jsonl", "--language", "es", "-o", "{patch}"], 2, "add --force"),
+        (["build", "--base", "m", "--pairs", "p.jsonl", "--language", "es", "-o", "{new}"], 1, "no such file"),
+        (["build", "--base", "m", "--pairs", "p.jsonl", "--language", "es", "-o", "{new}", "--selection", "random"], 2,
+         "needs --top-k"),
+        (["build", "--base", "m", "--pairs", "p", "--language", "es", "-o", "{new}", "--columns", "a"], 2, "two names"),
+        (["inspect", "none.safetensors"], 1, "cannot read none.safetensors: No such file"),
+        (["generate", "--base", "m", "--prompt", "a", *["--patch", "q"] * 3], 2, "3 --patch for 1"),
+        (["generate", "--base", "m", "--prompt", ""], 2, "is empty"),
+        (["generate", "--base", "m/x", "--prompt", "a"], 1, "cannot load the base m/x"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_on_stderr(arguments, code, message, patch_file, tmp_path):
+    names = {"{patch}": str(patch_file), "{new}": str(tmp_path / "new.safetensors")}
+    exit_code, out, err = run(*(names.get(a, a) for a in arguments))
+    assert (exit_code, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+    if code == 1:
+        assert err.startswith("Error: ")
+        assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback():
+    code, _, err = run("inspect", "none.safetensors", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_shell_completion_offers_commands_and_options():
+    environment = os.environ | {
+        "_KSL_PATCH_COMPLETE": "bash_complete",
+        "COMP_WORDS": "ksl-patch ver",
+        "COMP_CWORD": "1",
+    }
+    done = subprocess.run([sys.executable, "-m", "ksl_patch"], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "plain,verify"
