@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from ksl_patch.base import find_embedding, identify
 from ksl_patch.errors import RunError
@@ -117,7 +118,9 @@ class Build:
                 f"{self.pairs.duplicates} pairs whose source occurs before were left out",
                 pairs=self.pairs.duplicates,
             )
-        self.model, self.tokenizer = load_base(config.base, revision=config.revision, device=config.device)
+        # Under a launcher each process has a device of its own.
+        device = config.device or str(PartialState().device)
+        self.model, self.tokenizer = load_base(config.base, revision=config.revision, device=device)
         table = find_embedding(self.model)
         if config.side == "input+output" and not table.tied:
             raise RunError("side 'input+output' is for bases whose head is tied to the embedding; use 'input' here.")
@@ -302,6 +305,7 @@ class Build:
                 seed=config.seed,
                 checkpoint_every=config.checkpoint_every,
                 gradient_checkpointing=config.gradient_checkpointing,
+                damp_rare=ticket is None,
             ),
             side=config.side,
             folder=self._folder(kind, self._tune_key(steps, lr, ticket)),

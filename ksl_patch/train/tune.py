@@ -33,6 +33,7 @@ class TuneSettings:
     seed: int
     checkpoint_every: int
     gradient_checkpointing: bool = False
+    damp_rare: bool = False
 
 
 def tune_rows(
@@ -66,7 +67,7 @@ def tune_rows(
         overlay.use([1])
         trainer = _RowTrainer(
             model=model,
-            args=_arguments(settings, folder, model.device),
+            args=_arguments(settings, folder, model.device, overlay.rows.numel()),
             train_dataset=list(examples),  # type: ignore[arg-type]
             data_collator=lambda batch: collate(batch, pad=0),  # masked and without labels: any id will do
             callbacks=[_Progress(stage, reporter)],
@@ -82,9 +83,8 @@ def tune_rows(
     return rows
 
 
-def _arguments(settings: TuneSettings, folder: Path, device: torch.device) -> TrainingArguments:
-    cuda = device.type == "cuda"
-    return TrainingArguments(
+def _arguments(settings: TuneSettings, folder: Path, device: torch.device, numbers: int) -> TrainingArguments:
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -94,14 +94,15 @@ def _arguments(settings: TuneSettings, folder: Path, device: torch.device) -> Tr
         warmup_steps=0,
         weight_decay=0.0,  # decay would move rows that no example has
         optim="adamw_torch",
-        # With the usual 0.999 a token seen once late in training moves by about 30 learning rates, and the rarest
-        # tokens fill the ticket; with 0.95 it moves by about 6.
         adam_beta2=0.95,
+        # Gradients are clipped to norm 1, so this is the size of the average number's. A row that few examples
+        # touch then moves in proportion to its gradient; Adam alone would move it as far as any other.
+        adam_epsilon=numbers**-0.5 if settings.damp_rare else 1e-8,
         max_grad_norm=1.0,
         seed=settings.seed,
         data_seed=settings.seed,
-        use_cpu=not cuda,
-        bf16=cuda and torch.cuda.is_bf16_supported(),
+        use_cpu=device.type == "cpu",
+        bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
         save_strategy="steps",
         save_steps=settings.checkpoint_every,
         save_total_limit=2,  # the older one stays until the newer is marked complete
@@ -112,6 +113,11 @@ def _arguments(settings: TuneSettings, folder: Path, device: torch.device) -> Tr
         disable_tqdm=True,
         remove_unused_columns=False,
     )
+    # Without a launcher the Trainer would copy the model to every GPU it sees, and the copies' overlays would not
+    # be trained; several GPUs are a matter of `accelerate launch`.
+    arguments.device  # noqa: B018 - sets _n_gpu
+    arguments._n_gpu = min(arguments._n_gpu, 1)
+    return arguments
 
 
 def _last_complete(folder: Path) -> str | None:

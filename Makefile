@@ -1,0 +1,51 @@
+# make test   install, lint, type-check, run every test    make fast   only the tests without the real model
+# make demo   two patches for a real model, about ten minutes on two cores, and what they do
+
+PYTHON ?= python3
+# `torch` alone takes several gigabytes of CUDA builds on a machine without a GPU; name the build you want here.
+TORCH ?= torch==2.13.0
+DEMO ?= .demo
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+
+export HF_HUB_DISABLE_PROGRESS_BARS = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: test lint fast real demo model bench clean
+
+test: lint fast real
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fast: .venv/dev
+	$(BIN)/python -m pytest -m "not real"
+
+real: .venv/dev model
+	KSL_PATCH_DEMO=$(abspath $(DEMO)) $(BIN)/python -m pytest -m real
+
+demo: model
+	$(BIN)/python examples/demo/demo.py $(DEMO)
+
+model: .venv/run
+	$(BIN)/python examples/demo/fetch.py $(DEMO)
+
+bench: .venv/dev
+	$(BIN)/python benchmarks/ks_scan.py --output benchmarks/results/ks_scan.json
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run: pyproject.toml | .venv/bin/python
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[train,gguf]'
+	touch $@
+
+.venv/dev: pyproject.toml .venv/run
+	$(PIP) -e '.[train,gguf,datasets,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv $(DEMO) build dist *.egg-info
