@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,8 +14,10 @@ from conftest import tiny_llama
 
 from ksl_patch import Patch
 from ksl_patch.cli import cli
+from ksl_patch.cli.build import build as build_command
 from ksl_patch.hf import load_base
 from ksl_patch.patch import TemplateMeta
+from ksl_patch.train.build import BuildConfig
 
 
 def run(*arguments):
@@ -56,6 +59,17 @@ def test_help_needs_no_torch_and_names_every_command():
     for command in ("build", "generate", "inspect", "verify"):
         assert command in out
         assert run(command, "--help")[0] == 0
+
+
+def test_the_options_of_build_default_to_what_a_config_does():
+    required = {"base": "m", "pairs": "p.jsonl", "language": "es"}
+    arguments = [part for name, value in required.items() for part in (f"--{name}", value)]
+    options = build_command.make_context("build", [*arguments, "-o", "es.safetensors"]).params
+    config = dataclasses.asdict(BuildConfig(name="es", **required))
+    assert config.keys() - options.keys() == {"cap"}
+    # These three are worked out from several options.
+    for name in config.keys() & options.keys() - {"name", "columns", "alpha"}:
+        assert options[name] == config[name], name
 
 
 def test_inspect_shows_the_rows_as_text(patch_file):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib import import_module
 
@@ -35,6 +36,8 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 an error in one line on stderr, 2 wrong usage, 130 interrupted."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if not debug:
+        logging.disable(logging.WARNING)  # what libraries say of themselves would drown our one line
     try:
         code = cli.main(arguments, prog_name="ksl-patch", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)  # a command's own exit code, such as verify's 1
