@@ -4,8 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ksl_patch.bank import PatchBank
     from ksl_patch.base import BaseIdentity, check_base, find_embedding, fingerprint, identify
     from ksl_patch.errors import KslPatchError
+    from ksl_patch.hf import attach
     from ksl_patch.kstest import KSResult, ks_test
     from ksl_patch.patch import Patch, PatchMeta
     from ksl_patch.ticket import Ticket, ks_ticket
@@ -20,6 +22,8 @@ _HOME = {
     "fingerprint": "base",
     "identify": "base",
     "KslPatchError": "errors",
+    "PatchBank": "bank",
+    "attach": "hf",
     "KSResult": "kstest",
     "ks_test": "kstest",
     "Patch": "patch",
@@ -28,8 +32,8 @@ _HOME = {
     "ks_ticket": "ticket",
 }
 __all__ = [
-    "BaseIdentity", "KSResult", "KslPatchError", "Patch", "PatchMeta", "Ticket",
-    "check_base", "find_embedding", "fingerprint", "identify", "ks_test", "ks_ticket",
+    "BaseIdentity", "KSResult", "KslPatchError", "Patch", "PatchBank", "PatchMeta", "Ticket",
+    "attach", "check_base", "find_embedding", "fingerprint", "identify", "ks_test", "ks_ticket",
 ]  # fmt: skip
 
 

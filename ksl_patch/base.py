@@ -39,72 +39,111 @@ class BaseIdentity:
 
 
 @dataclass(frozen=True)
-class EmbeddingTable:
-    """A model's input embedding and head.
-
-    module: the input embedding; `weight` is its table [V, d].
-    head: the module that maps hidden states [..., d] to logits [..., V], or None.
-    tied: the head's weight is the table itself.
-    scale: what the module multiplies a row with on the way out (Gemma), None for a plain lookup.
-    """
+class Lookup:
+    """A module that looks rows of the table up. scale: what it multiplies a row with (Gemma), None for nothing."""
 
     module: nn.Module
+    scale: torch.Tensor | float | None
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """A model's input embedding [V, d] and its head.
+
+    lookups: every module that reads the table, the model's input embedding first; an encoder-decoder has several.
+    head: the module that maps hidden states [..., d] to logits [..., V], or None. tied: its weight is the table itself.
+    plain: the table is an ordinary floating-point tensor on the device where it is used. It may instead be
+    quantised, sharded or offloaded; its rows are then read through the module.
+    """
+
+    lookups: tuple[Lookup, ...]
     head: nn.Module | None
     tied: bool
-    scale: torch.Tensor | float | None
+    plain: bool
+    vocab_size: int
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
 
     @property
     def weight(self) -> torch.Tensor:
-        """The table [V, d]."""
-        return self.module.weight  # type: ignore[return-value]
+        """The table [V, d]. Raises BaseMismatchError where it is not plain."""
+        if not self.plain:
+            raise BaseMismatchError(
+                f"the input embedding ({type(self.lookups[0].module).__name__}) is not a table of floating-point rows; "
+                "load the base unquantised or dequantised, on one device."
+            )
+        return self.lookups[0].module.weight  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def rows(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The rows of token_ids int64 [k] as the table has them, [k, d]."""
+        token_ids = token_ids.to(self.device)
+        if self.plain:
+            return self.weight.detach()[token_ids]
+        lookup = self.lookups[0]
+        found: torch.Tensor = lookup.module(token_ids[None])[0]
+        return found if lookup.scale is None else found / lookup.scale
 
 
 def find_embedding(model: Any) -> EmbeddingTable:
     """The embedding and head of a transformers model, by its own `get_input_embeddings`.
 
-    Raises BaseMismatchError when the model's embedding is not a table of floating-point rows, or does
-    more than look a row up and scale it: replaced rows would not have the effect that they had in training.
+    Raises BaseMismatchError when the model's embedding is not a lookup in a table, or does more than look a row
+    up and scale it: replaced rows would not have the effect that they had in training.
     """
     name = type(model).__name__
     module = model.get_input_embeddings()
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-        raise BaseMismatchError(
-            f"{name}'s input embedding is not a table of floating-point rows; load the base unquantised or dequantised."
-        )
+    weight: Any = getattr(module, "weight", None)
     head = model.get_output_embeddings()
-    tied = head is not None and getattr(head, "weight", None) is weight
-    return EmbeddingTable(module=module, head=head, tied=tied, scale=_scale(module, weight, name))
+    tied = head is not None and weight is not None and getattr(head, "weight", None) is weight
+    plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
+    if plain and weight.device.type != "meta":
+        sharing = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is weight and m is not module]
+        lookups = tuple(Lookup(m, _scale(m, weight.device, weight.dtype)) for m in (module, *sharing))
+        for lookup in lookups:
+            _check_lookup(lookup, weight, name)
+        V, d = weight.shape
+        return EmbeddingTable(lookups, head, tied, True, V, d, weight.dtype, weight.device)
+    V, d = getattr(module, "num_embeddings", None), getattr(module, "embedding_dim", None)
+    if not isinstance(V, int) or not isinstance(d, int):
+        raise BaseMismatchError(f"{name}'s input embedding ({type(module).__name__}) is not a table of rows.")
+    hook = getattr(module, "_hf_hook", None)  # accelerate's, where the table is offloaded
+    device = torch.device(getattr(hook, "execution_device", None) or model.device)
+    with torch.no_grad():
+        dtype = module(torch.zeros(1, 1, dtype=torch.int64, device=device)).dtype
+    return EmbeddingTable((Lookup(module, _scale(module, device, dtype)),), head, tied, False, V, d, dtype, device)
 
 
-def _scale(module: nn.Module, weight: torch.Tensor, name: str) -> torch.Tensor | float | None:
-    scale = getattr(module, "embed_scale", None)
-    if isinstance(scale, torch.Tensor):  # Gemma rounds its scale to the table's dtype, Bart multiplies by a float
-        scale = scale.to(weight.device, weight.dtype)
-    probe = torch.arange(min(8, weight.shape[0]), device=weight.device)
+def _scale(module: nn.Module, device: torch.device, dtype: torch.dtype) -> torch.Tensor | float | None:
+    scale: Any = getattr(module, "embed_scale", None)
+    # Gemma keeps a tensor and rounds it to the table's dtype, Bart multiplies by a float.
+    return scale.to(device, dtype) if isinstance(scale, torch.Tensor) else scale
+
+
+def _check_lookup(lookup: Lookup, weight: torch.Tensor, name: str) -> None:
+    probe = torch.arange(min(8, weight.shape[0]), device=weight.device)[None]
     with torch.no_grad():
         # Not row 0: it may be a padding row of zeros, which hides a scale.
-        found, expected = module(probe)[-1], weight[probe[-1]]
-    expected = expected if scale is None else expected * scale
+        found, expected = lookup.module(probe)[0, -1], weight[probe[0, -1]]
+    expected = expected if lookup.scale is None else expected * lookup.scale
     if found.shape != expected.shape or not torch.equal(found, expected):
         raise BaseMismatchError(
-            f"{name}'s input embedding ({type(module).__name__}) does more than look a row up and scale it, "
+            f"{name}'s input embedding ({type(lookup.module).__name__}) does more than look a row up and scale it, "
             "so its rows cannot be patched."
         )
-    return scale
 
 
 def identify(model: Any, tokenizer: Any = None) -> BaseIdentity:
     """The identity of a loaded model, taken from its table and, when given, its tokenizer."""
     table = find_embedding(model)
-    vocab_size, hidden_size = table.weight.shape
     return BaseIdentity(
         model_id=getattr(model.config, "_name_or_path", None) or None,
         revision=getattr(model.config, "_commit_hash", None),
         fingerprint=fingerprint(table.weight),
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        dtype=dtype_name(table.weight.dtype),
+        vocab_size=table.vocab_size,
+        hidden_size=table.hidden_size,
+        dtype=dtype_name(table.dtype),
         tied=table.tied,
         tokenizer_digest=None if tokenizer is None else tokenizer_digest(tokenizer),
     )
@@ -134,25 +173,32 @@ def check_base(
 ) -> None:
     """Check that a model is the base that `identity` and the base rows [k, d] of a patch come from.
 
-    The rows must be equal when the dtypes are, else equal up to rounding to the coarser dtype.
+    The rows must be equal when the dtypes are, else equal up to rounding to the coarser dtype; those of a table
+    that is not plain (quantised, say) must each be within a fifth of the row's norm.
     Raises BaseMismatchError that says which check failed and with which numbers.
     """
     table = find_embedding(model)
     shape = [identity.vocab_size, identity.hidden_size]
-    if list(table.weight.shape) != shape:
+    found = [table.vocab_size, table.hidden_size]
+    if found != shape:
         raise BaseMismatchError(
-            f"the patch is for a table of shape {shape}, but this model's is {list(table.weight.shape)}: another base."
+            f"the patch is for a table of shape {shape}, but this model's is {found}: another base."
         )
-    own = table.weight.detach()[token_ids.to(table.weight.device)].cpu()
-    if own.dtype == base_rows.dtype:
-        differs = (own != base_rows).any(dim=1)
+    own, expected = table.rows(token_ids).cpu(), base_rows
+    if not table.plain:
+        own, expected = own.double(), expected.double()
+        # Four bits a value err by about a tenth of a row; another model's row is a whole row away.
+        differs = (own - expected).norm(dim=1) > 0.2 * expected.norm(dim=1)
+        how = "up to quantisation"
+    elif own.dtype == expected.dtype:
+        differs = (own != expected).any(dim=1)
         how = "exactly"
     else:
-        own, expected = own.double(), base_rows.double()
+        own, expected = own.double(), expected.double()
         # Relative to the row's largest value: tiny values may round to zero in float16.
         tolerance = _ROUNDING * torch.maximum(expected.abs(), 1e-3 * expected.abs().amax(dim=1, keepdim=True))
         differs = ((own - expected).abs() > tolerance).any(dim=1)
-        how = f"up to rounding ({dtype_name(table.weight.dtype)} here, {identity.dtype} in the patch)"
+        how = f"up to rounding ({dtype_name(table.dtype)} here, {identity.dtype} in the patch)"
     if differs.any():
         first = int(token_ids[differs][0])
         distance = float((own.double() - base_rows.double()).abs().max())
@@ -162,10 +208,10 @@ def check_base(
             f"{identity.model_id or 'another base'}."
         )
     if tokenizer is not None and identity.tokenizer_digest is not None:
-        found = tokenizer_digest(tokenizer)
-        if found != identity.tokenizer_digest:
+        digest = tokenizer_digest(tokenizer)
+        if digest != identity.tokenizer_digest:
             raise BaseMismatchError(
-                f"the tokenizer's vocabulary (sha256 {found[:12]}...) is not the one the patch was made with "
+                f"the tokenizer's vocabulary (sha256 {digest[:12]}...) is not the one the patch was made with "
                 f"({identity.tokenizer_digest[:12]}...): its token ids would mean other tokens."
             )
 

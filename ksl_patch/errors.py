@@ -13,6 +13,10 @@ class BaseMismatchError(KslPatchError):
     """A patch belongs to another base, or a model is not one that a patch can sit on."""
 
 
+class BankError(KslPatchError):
+    """A patch does not fit the bank, or a slot is empty."""
+
+
 class TicketError(KslPatchError):
     """No ticket can be drawn from the results at hand."""
 

@@ -1,117 +1,121 @@
-"""The overlay: replaces rows of an embedding's output according to each batch row's slot.
+"""The overlay: replaces rows of an embedding's output by slot, and corrects the logits of patched tokens.
 
-The trainer and the runtimes share it. Slot 0 is the base. There is no Python branch on data.
+The trainer and the runtimes share it. It is tensor code without a Python branch on data: it runs under torch.compile
+and CUDA graphs, and its cost does not depend on how many patches are loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ksl_patch.bank import LOW, PatchBank, SlotRows
 from ksl_patch.base import EmbeddingTable, find_embedding
 
 
-@dataclass(frozen=True)
-class SlotRows:
-    """What one slot replaces: token_ids int64 [k], rows [k, d], and whether the head's rows change too.
+def replace_rows(
+    embeddings: torch.Tensor, position: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor | float | None
+) -> torch.Tensor:
+    """embeddings [..., d] with `rows[position]` (times the embedding's scale) wherever position int64 [...] >= 0."""
+    replacement = F.embedding(position.clamp(min=0), rows)
+    if scale is not None:
+        replacement = replacement * scale
+    return torch.where((position >= 0)[..., None], replacement.to(embeddings.dtype), embeddings)
 
-    output_rows: [k, d] for the head; None with `output` means the same rows.
+
+class Overlay:
+    """A bank's patches over one model's embedding and head.
+
+    slots, below: int64, the slot of each position: [B, T], or [B, 1] for one in each batch row, or [1, 1].
     """
 
-    token_ids: torch.Tensor
-    rows: torch.Tensor
-    output: bool = False
-    output_rows: torch.Tensor | None = None
+    def __init__(self, table: EmbeddingTable, bank: PatchBank) -> None:
+        self.bank = bank
+        self._head_bias = getattr(table.head, "bias", None)
+
+    def embed(
+        self,
+        slots: torch.Tensor,
+        token_ids: torch.Tensor,
+        embeddings: torch.Tensor,
+        scale: torch.Tensor | float | None = None,
+    ) -> torch.Tensor:
+        """token_ids [B, T], embeddings [B, T, d] -> [B, T, d] with the patched rows, times the scale, in place."""
+        return replace_rows(embeddings, self.bank.lookup(slots, token_ids), self.bank.rows, scale)
+
+    def correct(self, slots: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """hidden [B, T, d], logits [B, T, V] -> logits with those of the patched tokens from the patch's rows."""
+        bank = self.bank
+        if not bank.output_width:
+            return logits
+        entries = bank.outputs[bank.table[slots][..., 3]]  # [B, T or 1, K]
+        known = entries >= 0
+        token_ids = (entries >> 32).clamp(min=0)
+        rows = bank.rows[torch.where(known, entries & LOW, 0)]  # [B, T or 1, K, d]
+        each_row = rows.shape[1] == 1
+        patched = hidden @ rows[:, 0].mT if each_row else (rows @ hidden[..., None]).squeeze(-1)  # [B, T, K]
+        if self._head_bias is not None:
+            patched = patched + self._head_bias[token_ids]
+        # A line is filled up with its first entry; all its copies are to have one value.
+        patched = torch.where(token_ids == token_ids[..., :1], patched[..., :1], patched).to(logits.dtype)
+        token_ids, known = token_ids.expand_as(patched), known.expand_as(patched)
+        return logits.scatter(-1, token_ids, torch.where(known, patched, logits.gather(-1, token_ids)))
 
 
-class Overlay(nn.Module):
-    """Holds the rows of slots 1..S and applies them to an embedding's output and to the logits.
-
-    rows: parameter [N, d], all slots' rows one after the other.
-    index: int64 [S + 1, V], (slot, token id) -> position in `rows`, -1 for the base's own row.
-    slots: int64 [B], the slot of each batch row, or [1] for one slot in the whole batch.
-    trainable: keep the rows in float32 and let gradients reach them; else they have the table's dtype.
-    """
+class TrainedRows(nn.Module):
+    """The rows of one patch while they are trained, in float32 (or the table's dtype for evaluation) [k, d]."""
 
     rows: nn.Parameter
     index: torch.Tensor
-    slots: torch.Tensor
+    token_ids: torch.Tensor
 
-    def __init__(self, table: EmbeddingTable, patches: Sequence[SlotRows], *, trainable: bool = False) -> None:
+    def __init__(self, table: EmbeddingTable, patch: SlotRows) -> None:
         super().__init__()
-        weight = table.weight
-        dtype = torch.float32 if trainable else weight.dtype
-        V, device = weight.shape[0], weight.device
-        index = torch.full((len(patches) + 1, V), -1, dtype=torch.int64)
-        self._outputs: list[tuple[int, slice]] = []
-        start = 0
-        for slot, patch in enumerate(patches, start=1):
-            stop = start + len(patch.token_ids)
-            index[slot, patch.token_ids] = torch.arange(start, stop)
-            if patch.output:
-                self._outputs.append((slot, slice(start, stop)))
-            start = stop
-        self.rows = nn.Parameter(
-            torch.cat([patch.rows.to(device, dtype) for patch in patches]), requires_grad=trainable
-        )
-        separate = [patch.rows if patch.output_rows is None else patch.output_rows for patch in patches]
-        tied = all(patch.output_rows is None for patch in patches)
-        output_rows = None if tied else torch.cat([rows.to(device, dtype) for rows in separate])
-        self.register_buffer("_output_rows", output_rows, persistent=False)
-        self.register_buffer("_token_ids", torch.cat([p.token_ids for p in patches]).to(device), persistent=False)
-        self.register_buffer("index", index.to(device), persistent=False)
-        self.register_buffer("slots", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
-        self._scale = table.scale
+        V, device = table.weight.shape[0], table.weight.device
+        index = torch.full((V,), -1, dtype=torch.int64, device=device)
+        index[patch.token_ids.to(device)] = torch.arange(len(patch.token_ids), device=device)
+        self.rows = nn.Parameter(patch.rows.to(device, torch.float32, copy=True))
+        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("token_ids", patch.token_ids.to(device), persistent=False)
+        self._head_bias = getattr(table.head, "bias", None)
 
-    def use(self, slots: Sequence[int] | torch.Tensor) -> None:
-        """Set the slot of each batch row; a single entry holds for a batch of any size."""
-        self.slots = torch.as_tensor(slots, dtype=torch.int64, device=self.index.device)
-
-    def forward(self, token_ids: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """token_ids int64 [B, T], embeddings [B, T, d] -> [B, T, d] with the patched rows in place."""
-        position = self.index[self.slots[:, None], token_ids]  # [B, T]
-        replacement = F.embedding(position.clamp(min=0), self.rows)
-        if self._scale is not None:
-            replacement = replacement * self._scale
-        return torch.where((position >= 0)[..., None], replacement.to(embeddings.dtype), embeddings)
+    def embed(
+        self, token_ids: torch.Tensor, embeddings: torch.Tensor, scale: torch.Tensor | float | None = None
+    ) -> torch.Tensor:
+        """token_ids [B, T], embeddings [B, T, d] -> [B, T, d] with the trained rows, times the scale, in place."""
+        return replace_rows(embeddings, self.index[token_ids], self.rows, scale)
 
     def correct(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """hidden [B, T, d], logits [B, T, V] -> logits with those of the patched tokens from the patch's rows."""
-        rows: torch.Tensor = self.rows if self._output_rows is None else self._output_rows  # type: ignore[assignment]
-        for slot, part in self._outputs:
-            ids = self._token_ids[part]  # type: ignore[index]
-            patched = F.linear(hidden, rows[part].to(hidden.dtype)).to(logits.dtype)  # [B, T, k]
-            chosen = torch.where((self.slots == slot)[:, None, None], patched, logits[..., ids])
-            logits = logits.index_copy(-1, ids, chosen)
-        return logits
-
-    @property
-    def corrects_logits(self) -> bool:
-        """Whether any slot has side input+output."""
-        return bool(self._outputs)
+        """hidden [B, T, d], logits [B, T, V] -> logits with those of the patched tokens from the trained rows."""
+        bias = None if self._head_bias is None else self._head_bias[self.token_ids]
+        return logits.index_copy(-1, self.token_ids, F.linear(hidden, self.rows.to(hidden.dtype), bias))
 
 
 @contextmanager
-def overlaid(model: Any, patches: Sequence[SlotRows], *, trainable: bool = False) -> Iterator[Overlay]:
-    """The model with an overlay over its embedding (and head) for the length of a `with` block.
+def training(model: Any, patch: SlotRows) -> Iterator[TrainedRows]:
+    """The model with trainable rows over its embedding (and head) for the length of a `with` block.
 
-    The overlay is a submodule of the model, so that optimisers, devices and checkpoints see its rows.
+    They are a submodule of the model, so that optimisers, devices and checkpoints see them.
     """
     table = find_embedding(model)
-    overlay = Overlay(table, patches, trainable=trainable)
-    model.add_module("ksl_overlay", overlay)
-    hooks = [table.module.register_forward_hook(lambda _, args, output: overlay(args[0], output))]
-    if overlay.corrects_logits:
+    trained = TrainedRows(table, patch)
+    model.add_module("ksl_overlay", trained)
+    hooks = [
+        lookup.module.register_forward_hook(
+            lambda _, args, output, scale=lookup.scale: trained.embed(args[0], output, scale)
+        )
+        for lookup in table.lookups
+    ]
+    if patch.output:
         assert table.head is not None
-        hooks.append(table.head.register_forward_hook(lambda _, args, output: overlay.correct(args[0], output)))
+        hooks.append(table.head.register_forward_hook(lambda _, args, output: trained.correct(args[0], output)))
     try:
-        yield overlay
+        yield trained
     finally:
         for hook in hooks:
             hook.remove()

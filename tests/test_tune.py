@@ -7,8 +7,10 @@ import torch
 from conftest import PAIRS, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ksl_patch.bank import SlotRows
 from ksl_patch.errors import RunError
-from ksl_patch.overlay import SlotRows, overlaid
+from ksl_patch.hf import attach
+from ksl_patch.overlay import training
 from ksl_patch.train.data import Pair, collate, encode, make_template
 from ksl_patch.train.progress import SilentReporter
 from ksl_patch.train.tune import TuneSettings, tune_rows
@@ -48,13 +50,12 @@ def test_the_loss_and_its_gradient_are_those_of_an_overwritten_table(model, exam
     table = reference.get_input_embeddings().weight.requires_grad_(True)
     expected = reference(**batch).loss
     expected.backward()
-    with overlaid(model, [SlotRows(IDS, rows, output=side == "input+output")], trainable=True) as overlay:
-        overlay.use([1])
+    with training(model, SlotRows(IDS, rows, output=side == "input+output")) as trained:
         loss = model(**batch).loss
         loss.backward()
         assert torch.allclose(loss, expected, rtol=1e-6)
-        assert torch.allclose(overlay.rows.grad, table.grad[IDS], rtol=1e-4, atol=1e-7)
-        assert overlay.rows.grad.abs().sum() > 0
+        assert torch.allclose(trained.rows.grad, table.grad[IDS], rtol=1e-4, atol=1e-7)
+        assert trained.rows.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("side", ["input", "input+output"])
@@ -68,8 +69,7 @@ def test_only_the_rows_change(model, examples, tmp_path, side):
     assert rows.dtype == torch.float32
     assert (rows[2] != table[300]).any()
     # Through the overlay every other row is the base's, bit for bit.
-    with overlaid(model, [SlotRows(IDS, rows)]) as overlay:
-        overlay.use([1])
+    with attach(model) as handle, handle.serving([handle.bank.add(SlotRows(IDS, rows))]):
         through = model.get_input_embeddings()(torch.arange(400)[None])[0]
     others = torch.ones(400, dtype=torch.bool)
     others[IDS] = False
@@ -112,9 +112,8 @@ def test_a_step_makes_no_tensor_of_the_tables_size(examples):
             return out
 
     model.requires_grad_(False)
-    with overlaid(model, [SlotRows(IDS, table.detach()[IDS], output=True)], trainable=True) as overlay:
-        overlay.use([1])
-        optimiser = torch.optim.AdamW([overlay.rows])
+    with training(model, SlotRows(IDS, table.detach()[IDS], output=True)) as trained:
+        optimiser = torch.optim.AdamW([trained.rows])
         with Largest():
             model(**batch).loss.backward()
             optimiser.step()

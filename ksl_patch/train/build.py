@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from ksl_patch.base import find_embedding, identify
+from ksl_patch.bank import SlotRows
+from ksl_patch.base import dtype_name, find_embedding, identify
 from ksl_patch.errors import RunError
-from ksl_patch.hf import end_token_ids, load_base
+from ksl_patch.hf import attach, end_token_ids, load_base
 from ksl_patch.kstest import KSResult, ks_test
-from ksl_patch.overlay import SlotRows, overlaid
 from ksl_patch.patch import (
     Patch,
     Side,
@@ -73,7 +73,7 @@ class BuildConfig:
     mode: Mode = "partial"
     side: Side = "input"
     embed_steps: int = 100
-    embed_lr: float = 0.1
+    embed_lr: float = 0.15
     steps: int = 100
     lr: float = 0.15
     batch_size: int = 8
@@ -126,8 +126,8 @@ class Build:
             raise RunError("side 'input+output' is for bases whose head is tied to the embedding; use 'input' here.")
         self.base = identify(self.model, self.tokenizer)
         self.stored_dtype = table.weight.dtype
-        if self.model.device.type == "cpu":
-            # Twice as fast as bfloat16 on processors without bfloat16 arithmetic, and exact for its values.
+        if self.model.device.type == "cpu" and not _cpu_computes_bfloat16():
+            # Twice as fast there as bfloat16, and exact for its values.
             self.model.float()
         self.scale = float(table.weight.detach().float().std())
         self.template: TemplateMeta = make_template(
@@ -285,9 +285,10 @@ class Build:
 
     def rows_loss(self, token_ids: torch.Tensor, rows: torch.Tensor) -> float:
         """Held-out loss per answer token with some rows replaced."""
-        with overlaid(self.model, [SlotRows(token_ids, rows, self.config.side == "input+output")]) as overlay:
-            overlay.use([1])
-            return token_loss(self.model, self.held_out)
+        with attach(self.model) as handle:
+            slot = handle.bank.add(SlotRows(token_ids, rows, self.config.side == "input+output"))
+            with handle.serving([slot]):
+                return token_loss(self.model, self.held_out)
 
     def _tune(
         self, stage: str, kind: str, token_ids: torch.Tensor, steps: int, lr: float, ticket: Ticket | None
@@ -328,7 +329,7 @@ class Build:
             "lr": lr,
             "batch": [config.batch_size, config.accumulate],
             "seed": config.seed,
-            "device": self.model.device.type,
+            "device": [self.model.device.type, dtype_name(self.model.dtype)],
             "token_ids": None if ticket is None else hashlib.sha256(ticket.token_ids.tobytes()).hexdigest(),
         }
 
@@ -395,3 +396,9 @@ class Build:
             yield
         for warning in caught:
             self.reporter.note("warning", str(warning.message))
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself; where torch cannot tell, it is taken not to."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(value for name, value in capabilities.items() if name.endswith("bf16"))

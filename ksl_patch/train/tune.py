@@ -12,9 +12,10 @@ import safetensors.torch
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ksl_patch.bank import SlotRows
 from ksl_patch.base import find_embedding
 from ksl_patch.errors import RunError
-from ksl_patch.overlay import SlotRows, overlaid
+from ksl_patch.overlay import training
 from ksl_patch.patch import Side, write_atomically
 from ksl_patch.train.data import Example, collate
 from ksl_patch.train.progress import Reporter
@@ -63,18 +64,17 @@ def tune_rows(
         model.gradient_checkpointing_enable()
     base_rows = find_embedding(model).weight.detach()[token_ids.to(model.device)].float()
     slot = SlotRows(token_ids, base_rows, output=side == "input+output")
-    with overlaid(model, [slot], trainable=True) as overlay:
-        overlay.use([1])
+    with training(model, slot) as trained:
         trainer = _RowTrainer(
             model=model,
-            args=_arguments(settings, folder, model.device, overlay.rows.numel()),
+            args=_arguments(settings, folder, model.device, trained.rows.numel()),
             train_dataset=list(examples),  # type: ignore[arg-type]
             data_collator=lambda batch: collate(batch, pad=0),  # masked and without labels: any id will do
             callbacks=[_Progress(stage, reporter)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=_last_complete(folder))
-        rows = overlay.rows.detach().float().cpu().clone()
+        rows = trained.rows.detach().float().cpu().clone()
         if trainer.is_world_process_zero():
             write_atomically(done, safetensors.torch.save({"rows": rows, "token_ids": token_ids}))
             for checkpoint in folder.glob("checkpoint-*"):

@@ -1,0 +1,287 @@
+"""The bank: what was put into a slot is found there, and nothing else, whatever came and went before."""
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ksl_patch.bank import PatchBank, SlotRows
+from ksl_patch.base import EmbeddingTable
+from ksl_patch.errors import BankError
+from ksl_patch.overlay import Overlay
+
+V, D = 500, 8
+
+
+def bank(**options):
+    return PatchBank(V, D, dtype=torch.float32, device="cpu", **options)
+
+
+def some_rows(seed, k=5, d=D, vocab_size=V, **changes):
+    g = torch.Generator().manual_seed(seed)
+    return SlotRows(torch.randperm(vocab_size, generator=g)[:k], torch.randn(k, d, generator=g), **changes)
+
+
+def seen(bank, slot):
+    """All that a slot replaces: {token id: row}."""
+    position = bank.lookup(torch.tensor([slot]), torch.arange(bank.vocab_size))
+    return {i: tuple(bank.rows[p].tolist()) for i, p in enumerate(position.tolist()) if p >= 0}
+
+
+def expected(rows):
+    return {int(i): tuple(row) for i, row in zip(rows.token_ids, rows.rows.tolist(), strict=True)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(["add", "remove", "replace"]), st.integers(1, 60)), max_size=40),
+    capacity=st.sampled_from([0, 1, 300]),
+)
+def test_a_slot_holds_what_was_put_there_whatever_came_and_went(steps, capacity):
+    b, contents = bank(capacity=capacity), {}
+    for seed, (step, k) in enumerate(steps):
+        slot = list(contents)[seed % len(contents)] if contents else None
+        if step == "add" or slot is None:
+            rows = some_rows(seed, k)
+            contents[b.add(rows)] = rows
+        elif step == "remove":
+            b.remove(slot)
+            del contents[slot]
+            assert seen(b, slot) == {}
+        else:
+            rows = some_rows(seed, k)
+            del contents[slot]
+            contents[b.replace(slot, rows)] = rows
+        assert len(b) == len(contents)
+    assert seen(b, 0) == {}
+    for slot, rows in contents.items():
+        assert seen(b, slot) == expected(rows)
+
+
+def test_slots_and_token_ids_broadcast_like_a_batch():
+    b = bank()
+    one, two = (b.add(some_rows(seed, 200)) for seed in (1, 2))
+    slots, token_ids = torch.tensor([[one], [0], [two]]), torch.randint(0, V, (3, 70))
+    found = b.lookup(slots, token_ids)
+    assert found.shape == (3, 70)
+    for row, slot in enumerate((one, 0, two)):
+        assert found[row].tolist() == b.lookup(torch.tensor([slot]), token_ids[row]).tolist()
+    assert torch.equal(found, b.lookup(slots, token_ids.int()))
+
+
+def test_a_table_of_every_token_works():
+    b = bank()
+    every = SlotRows(torch.arange(V), torch.randn(V, D))
+    assert seen(b, b.add(every)) == expected(every)
+
+
+def test_whoever_holds_a_slot_keeps_its_rows_until_they_let_go():
+    b = bank(capacity=20)
+    old, new = some_rows(1), some_rows(2)
+    slot = b.add(old)
+    with b.hold([slot, 0]):
+        other = b.replace(slot, new)
+        assert other != slot
+        assert seen(b, slot) == expected(old)
+        assert seen(b, other) == expected(new)
+        with pytest.raises(BankError, match="slot 51 of the bank is empty"), b.hold([51]):
+            pass
+    assert seen(b, slot) == {}
+    with pytest.raises(BankError, match="is empty"):
+        b.remove(slot)
+    third = some_rows(3)
+    assert b.add(third) == slot, "a free slot is used again"
+    assert seen(b, slot) == expected(third)
+
+
+def test_room_is_used_again_and_nothing_leaks():
+    b = bank()
+    for seed in range(40):
+        b.add(some_rows(seed, 1 + seed % 9))
+    for slot in list(b._slots):
+        b.remove(slot)
+    size, generation = b.nbytes, b.generation
+    for _ in range(5):
+        slots = [b.add(some_rows(seed, 1 + seed % 9)) for seed in range(40)]
+        for slot in slots:
+            b.remove(slot)
+    assert (b.nbytes, b.generation, len(b)) == (size, generation, 0)
+    assert (b.entries == -1).all()
+    assert (b.table == 0).all()
+
+
+def test_a_bank_without_room_in_its_budget_says_so_and_stays_as_it_was():
+    b = bank(budget=8_000)
+    slots = {}
+
+    def fill():
+        for seed in range(100):
+            rows = some_rows(seed, 16)
+            slots[b.add(rows)] = rows
+
+    with pytest.raises(BankError, match=r"budget of 8,000 bytes has no room for 16 more rows beside \d+ patches"):
+        fill()
+    assert len(b) == len(slots) > 5
+    assert b.nbytes <= 8_000
+    for slot, rows in slots.items():
+        assert seen(b, slot) == expected(rows)
+    b.remove(next(iter(slots)))
+    b.add(some_rows(1000, 16))
+
+
+def test_eviction_moves_the_least_recently_used_out_and_use_brings_it_back():
+    b = bank(budget=8_000, evict=True)
+    contents = {}
+    for seed in range(40):
+        rows = some_rows(seed, 16)
+        contents[b.add(rows)] = rows
+        if seed:
+            with b.hold([1]):
+                pass
+    assert len(b) == 40
+    assert b.nbytes - b.table.nbytes <= 8_000
+    assert seen(b, 1) == expected(contents[1]), "it was always the last used"
+    assert seen(b, 2) == {}
+    for slot, rows in contents.items():
+        with b.hold([slot]):
+            assert seen(b, slot) == expected(rows)
+    with pytest.raises(BankError, match="has no room"), b.hold(contents):
+        pass
+    assert all(entry.holds == 0 for entry in b._slots.values())
+
+
+@pytest.mark.parametrize(
+    ("k", "d", "dtype"),
+    [
+        (18, 576, torch.bfloat16),
+        (32, 576, torch.bfloat16),
+        (1, 576, torch.float32),
+        (100, 4096, torch.bfloat16),
+        (1000, 128, torch.float32),
+    ],
+)
+def test_a_resident_patch_takes_little_more_than_its_rows(k, d, dtype):
+    b = PatchBank(49152, d, dtype=dtype, device="cpu")
+    patches = max(2, 4000 // k)
+    rows = torch.randn(k, d).to(dtype)
+    for seed in range(patches):
+        b.add(SlotRows(some_rows(seed, k, vocab_size=49152).token_ids, rows))
+    assert b.nbytes / patches <= 1.2 * k * d * dtype.itemsize + 1024
+
+
+def test_a_lookup_touches_as_much_with_a_thousand_patches_as_with_one():
+    class Work(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.numbers += sum(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]))
+            return out
+
+    def work(patches):
+        b = bank()
+        for seed in range(patches):
+            b.add(some_rows(seed))
+        slots, token_ids = torch.tensor([[1], [0], [patches]]), torch.randint(0, V, (3, 7))
+        with Work() as counted:
+            b.lookup(slots, token_ids)
+        return counted.numbers
+
+    assert work(1) == work(1000)
+
+
+def test_compiled_code_is_compiled_once_whatever_the_bank_and_the_batch_hold():
+    b = bank(capacity=400)
+    table = EmbeddingTable((), None, False, True, V, D, torch.float32, torch.device("cpu"))
+    overlay = Overlay(table, b)
+    weight, token_ids = torch.randn(V, D), torch.randint(0, V, (4, 9))
+    slots = torch.zeros(4, 1, dtype=torch.int64)
+    compiled = torch.compile(overlay.embed, fullgraph=True)
+    contents = {0: {}}
+
+    def check(*choice):
+        slots.copy_(torch.tensor(choice)[:, None])
+        out = compiled(slots, token_ids, weight[token_ids])
+        for row, slot in enumerate(choice):
+            for column, token in enumerate(token_ids[row].tolist()):
+                assert tuple(out[row, column].tolist()) == contents[slot].get(token, tuple(weight[token].tolist()))
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        check(0, 0, 0, 0)
+        first, second = some_rows(1, 100), some_rows(2, 100)
+        one, two = b.add(first), b.add(second)
+        contents |= {one: expected(first), two: expected(second)}
+        check(one, 0, two, one)
+        third = some_rows(3, 100)
+        new = b.replace(one, third)
+        contents |= {new: expected(third), one: {}}
+        check(new, two, 0, one)
+        b.remove(two)
+        contents[two] = {}
+        check(two, new, two, 0)
+
+
+def test_threads_that_add_hold_and_remove_never_see_anothers_rows():
+    b, wrong = bank(), []
+
+    def work(seed):
+        for turn in range(60):
+            rows = some_rows(1000 * seed + turn, 1 + turn % 30)
+            slot = b.add(rows)
+            with b.hold([slot]):
+                b.remove(slot)  # takes effect at the end
+                if seen(b, slot) != expected(rows):
+                    wrong.append((seed, turn))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(b) == 0
+    assert len(b._free_rows) == len(b.rows)
+
+
+def test_a_bank_lets_go_of_its_memory():
+    b = bank(capacity=1000)
+    rows = b.rows
+    b.add(some_rows(1))
+    del b
+    gc.collect()
+    assert len(gc.get_referrers(rows)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "shape", "message"),
+    [
+        ([], (0, D), "at least one"),
+        ([1, V], (2, D), f"from 0 to {V - 1}"),
+        ([-1], (1, D), "from 0"),
+        ([1, 2], (2, D + 1), "do not fit 2 token ids of a table with 8 values a row"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(ids, shape, message):
+    with pytest.raises(BankError, match=message):
+        bank().add(SlotRows(torch.tensor(ids, dtype=torch.int64), torch.zeros(shape)))
+
+
+def test_outputs_of_slots_of_different_width():
+    b = bank()
+    narrow = b.add(some_rows(1, 2, output=True))
+    assert b.output_width == 2
+    wide = b.add(some_rows(2, 5, output=True, output_rows=torch.ones(5, D)))
+    assert b.output_width == 5
+    for slot, k in ((narrow, 2), (wide, 5)):
+        line = b.outputs[b.table[slot, 3]]
+        ids, rows, output_rows = b.contents(slot)
+        assert (line >> 32).tolist() == [*ids.tolist(), *[ids[0].item()] * (5 - k)]
+        assert torch.equal(b.rows[line & 0xFFFFFFFF][:k], output_rows)
+        assert (output_rows is rows) == (slot == narrow)
+    assert np.unique(b.outputs[0].numpy()).tolist() == [-1]
