@@ -1,34 +1,27 @@
 """Rows per second of the KS test over tables, beside scipy and beside sorting alone, in one run.
 
-    python benchmarks/ks_scan.py [--rounds 5] [--tuned RUN/embed-...] [--output benchmarks/results/ks_scan.json]
+    python benchmarks/ks_scan.py [--base .demo/smollm2 --tuned .demo/run] [--output benchmarks/results/ks_scan.json]
 
-Every row changed: the worst case. Tuned table: SmolLM2's shape and the share of rows that a real embedding
-tuning changed (4,960 of 49,152 in `make demo`'s Spanish run). Contenders are interleaved; medians are printed.
+Every row changed: the worst case. Tuned table: the base's, and the one that an embedding tuning of `make demo` gave.
+Contenders take turns; medians are printed.
 """
 
 import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import click
 import numpy as np
+import safetensors.torch
 import scipy
 import torch
+from machine import machine
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import ks_2samp
 
 from ksl_patch import ks_test
-
-
-def machine():
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    versions = {"torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), **versions}
 
 
 def seconds(function):
@@ -61,28 +54,37 @@ def rates(before, after, rounds, scipy_rows=64):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def cases():
+def cases(base, tuned):
     g = torch.Generator().manual_seed(0)
     for d, V in ((576, 16384), (4096, 2048)):
         for dtype in (torch.float32, torch.bfloat16):
             before = torch.randn(V, d, generator=g)
             after = before + torch.randn(V, d, generator=g)
             yield f"every row changed, d={d}, {str(dtype)[6:]}", before.to(dtype), after.to(dtype)
-    before = torch.randn(49152, 576, generator=g) * 0.136
-    changed = torch.randperm(49152, generator=g)[:4960]
-    after = before.clone()
-    after[changed] += 0.05 * torch.randn(4960, 576, generator=g)
-    for dtype in (torch.float32, torch.bfloat16):
-        yield f"tuned table 49152 x 576, 10% changed, {str(dtype)[6:]}", before.to(dtype), after.to(dtype)
+    if tuned:
+        before = safetensors.torch.load_file(base / "model.safetensors")["model.embed_tokens.weight"].float()
+        rows = safetensors.torch.load_file(next(tuned.glob("embed-*/rows.safetensors")))
+        after = before.clone()
+        after[rows["token_ids"]] = rows["rows"]
+        for dtype in (torch.float32, torch.bfloat16):
+            yield f"tuned table {list(before.shape)}, {str(dtype)[6:]}", before.to(dtype), after.to(dtype)
 
 
 @click.command()
 @click.option("--rounds", default=5)
+@click.option("--base", type=click.Path(path_type=Path), help="Folder of the base that was tuned.")
+@click.option("--tuned", type=click.Path(path_type=Path), help="Run folder of a build with that base.")
 @click.option("--output", type=click.Path(path_type=Path))
-def main(rounds, output):
-    results = {"machine": machine(), "unit": "rows per second, median", "rounds": rounds, "cases": {}}
+def main(rounds, base, tuned, output):
+    results = {
+        "machine": machine(),
+        "scipy": scipy.__version__,
+        "unit": "rows per second, median",
+        "rounds": rounds,
+        "cases": {},
+    }
     table = Table("case", "x scipy", "x sorting", "ks_test rows/s", "scipy rows/s", "sorting rows/s")
-    for name, before, after in cases():
+    for name, before, after in cases(base, tuned):
         r = rates(before, after, rounds)
         ours, per_row, sorting = r.values()
         results["cases"][name] = r
@@ -90,6 +92,7 @@ def main(rounds, output):
     Console(width=140).print(table)
     print(json.dumps(results["machine"]))
     if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -168,16 +168,17 @@ def check_base(
     identity: BaseIdentity,
     token_ids: torch.Tensor,
     base_rows: torch.Tensor,
-    model: Any,
-    tokenizer: Any = None,
+    table: EmbeddingTable,
+    vocabulary: str | None = None,
 ) -> None:
-    """Check that a model is the base that `identity` and the base rows [k, d] of a patch come from.
+    """Check that a model's table is that of the base which `identity` and the base rows [k, d] of a patch come from.
+
+    vocabulary: the `tokenizer_digest` of the tokenizer in use, None to leave it unchecked.
 
     The rows must be equal when the dtypes are, else equal up to rounding to the coarser dtype; those of a table
     that is not plain (quantised, say) must each be within a fifth of the row's norm.
     Raises BaseMismatchError that says which check failed and with which numbers.
     """
-    table = find_embedding(model)
     shape = [identity.vocab_size, identity.hidden_size]
     found = [table.vocab_size, table.hidden_size]
     if found != shape:
@@ -207,13 +208,12 @@ def check_base(
             f"agree {how}: the first is token {first}, the largest difference {distance:.3g}. The patch was made for "
             f"{identity.model_id or 'another base'}."
         )
-    if tokenizer is not None and identity.tokenizer_digest is not None:
-        digest = tokenizer_digest(tokenizer)
-        if digest != identity.tokenizer_digest:
-            raise BaseMismatchError(
-                f"the tokenizer's vocabulary (sha256 {digest[:12]}...) is not the one the patch was made with "
-                f"({identity.tokenizer_digest[:12]}...): its token ids would mean other tokens."
-            )
+    trained = identity.tokenizer_digest
+    if vocabulary is not None and trained is not None and vocabulary != trained:
+        raise BaseMismatchError(
+            f"the tokenizer's vocabulary (sha256 {vocabulary[:12]}...) is not the one the patch was made with "
+            f"({trained[:12]}...): its token ids would mean other tokens."
+        )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

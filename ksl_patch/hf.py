@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ksl_patch.bank import PatchBank, SlotRows
-from ksl_patch.base import find_embedding
+from ksl_patch.base import find_embedding, tokenizer_digest
 from ksl_patch.continuous import ContinuousBatching
 from ksl_patch.errors import RunError
 from ksl_patch.overlay import Overlay
@@ -130,7 +130,7 @@ class PatchHandle:
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
         if "ksl_patch" in vars(self._model):
             raise RunError("patches are attached to this model already: use that handle, or detach it first.")
-        self._tokenizer = tokenizer
+        self._vocabulary = None if tokenizer is None else tokenizer_digest(tokenizer)
         self._table = table = find_embedding(self._model)
         self.bank = PatchBank(table.vocab_size, table.hidden_size, dtype=table.dtype, device=table.device, **bank)
         self._overlay = Overlay(table, self.bank)
@@ -350,7 +350,9 @@ class PatchHandle:
 
     def _read(self, patch: Patch | str | os.PathLike[str]) -> Patch:
         patch = patch if isinstance(patch, Patch) else Patch.load(patch)
-        patch.check(self._model, self._tokenizer)
+        if self._merged is not None:
+            raise RunError(f"{self._merged[0]} is merged into the model's table: unmerge it before loading others.")
+        patch.check_table(self._table, self._vocabulary)
         if patch.meta.scope == "prompt" and (self._static is not None or self._model.config.is_encoder_decoder):
             where = "with max_batch" if self._static is not None else "on an encoder-decoder"
             raise RunError(f"{patch.meta.name} has scope 'prompt', which is not served {where}.")

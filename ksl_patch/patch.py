@@ -23,7 +23,16 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from ksl_patch.base import BaseIdentity, check_base, dtype_name, find_embedding, identify, tensor_bytes
+from ksl_patch.base import (
+    BaseIdentity,
+    EmbeddingTable,
+    check_base,
+    dtype_name,
+    find_embedding,
+    identify,
+    tensor_bytes,
+    tokenizer_digest,
+)
 from ksl_patch.errors import PatchError
 
 FORMAT_VERSION = 1
@@ -214,7 +223,12 @@ class Patch:
 
     def check(self, model: Any, tokenizer: Any = None) -> None:
         """Raise BaseMismatchError unless `model` (and `tokenizer`) is the base of this patch."""
-        check_base(self.meta.base, self.token_ids, self.base_rows, model, tokenizer)
+        vocabulary = None if tokenizer is None else tokenizer_digest(tokenizer)
+        self.check_table(find_embedding(model), vocabulary)
+
+    def check_table(self, table: EmbeddingTable, vocabulary: str | None = None) -> None:
+        """The same for a model's table and its tokenizer's digest, where they are at hand."""
+        check_base(self.meta.base, self.token_ids, self.base_rows, table, vocabulary)
 
     @cached_property
     def digest(self) -> str:

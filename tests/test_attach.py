@@ -319,6 +319,8 @@ def test_merge_writes_the_rows_and_its_undo_is_exact(tied, side):
         assert torch.equal(model(PROMPTS).logits, expected)
         with pytest.raises(RunError, match="a is merged into the model"), handle.using("a"):
             pass
+        with pytest.raises(RunError, match="unmerge it before loading"):
+            handle.load(patch, "b")
         handle.unmerge()
         with handle.using("a"), pytest.raises(RunError, match="cannot be merged while 1 batches"):
             handle.merge("a")
@@ -514,5 +516,7 @@ def test_mistakes_are_told_before_anything_is_computed(model, handle, patches, t
     assert handle.digest("a") == patches["a"].digest
     file = tmp_path / "a.safetensors"
     patches["a"].save(file)
+    handle.load(patches["a"], "again")
+    handle.unload("again")
     assert handle.load(file) == Patch.load(file).meta.name
     assert handle.meta("p1").side == "input"
