@@ -2,8 +2,12 @@
 
 import copy
 import gc
+import json
+import subprocess
+import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from test_hf import overwritten, some_patch
 
 from ksl_patch import Patch, attach
 from ksl_patch.errors import BankError, BaseMismatchError, KslPatchError, PatchError, RunError
+from ksl_patch.hf import load_base
 
 IDS = list(range(2, 372, 3))
 PROMPTS = torch.tensor([[5, 9, 300, 17, 40], [17, 17, 5, 251, 9]])
@@ -71,12 +76,13 @@ def test_generate_gives_each_prompt_the_tokens_of_its_own_overwritten_table(mode
         with handle.using(choices):
             mixed = run(model)
         each = len(mixed) // len(choices)
+        # The same batch and seed, so that every row draws the same random numbers.
+        expected = {choice: run(m) for choice, m in plain.items()}
         for row, choice in enumerate(choices):
-            # The same batch and seed, so that every row draws the same random numbers.
-            assert mixed[each * row : each * (row + 1)] == run(plain[choice])[each * row : each * (row + 1)]
+            rows = slice(each * row, each * (row + 1))
+            assert mixed[rows] == expected[choice][rows]
         with handle.using("b"):
-            assert run(model) == run(plain["b"])
-        assert run(model) == run(plain[None])
+            assert run(model) == expected["b"]
 
 
 def test_left_padded_prompts(model, handle, plain):
@@ -394,6 +400,23 @@ def test_a_compiled_model_is_compiled_once(side):
         for row, choice in enumerate(["a", None]):
             assert beams[row] == plain[choice].generate(PROMPTS, num_beams=2, **GREEDY).tolist()[row]
         assert (handle._static.slots == 0).all()
+
+
+def test_a_tensor_parallel_plan_on_two_ranks(model, base_folder, tmp_path):
+    base = load_base(str(base_folder))[0]
+    patch = some_patch(base, 1, IDS)
+    patch.save(tmp_path / "p.safetensors")
+    script = Path(__file__).with_name("tensor_parallel.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, script, base_folder, tmp_path / "p.safetensors"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["shard"] == [16, 32], "half of the query heads"
+    plain = references(base, {"a": patch})
+    expected = [plain[choice].generate(PROMPTS, **GREEDY).tolist()[row] for row, choice in enumerate(["a", None])]
+    assert found["tokens"] == expected
 
 
 def test_device_maps_and_offloaded_weights(tmp_path, base_folder):

@@ -212,6 +212,7 @@ def test_compiled_code_is_compiled_once_whatever_the_bank_and_the_batch_hold():
                 assert tuple(out[row, column].tolist()) == contents[slot].get(token, tuple(weight[token].tolist()))
 
     torch._dynamo.reset()
+    addresses = [getattr(b, name).data_ptr() for name in ("rows", "entries", "outputs", "table")]
     with torch._dynamo.config.patch(error_on_recompile=True):
         check(0, 0, 0, 0)
         first, second = some_rows(1, 100), some_rows(2, 100)
@@ -225,6 +226,9 @@ def test_compiled_code_is_compiled_once_whatever_the_bank_and_the_batch_hold():
         b.remove(two)
         contents[two] = {}
         check(two, new, two, 0)
+    # Within its capacity a bank stays where it is, which is what a captured CUDA graph needs.
+    assert [getattr(b, name).data_ptr() for name in ("rows", "entries", "outputs", "table")] == addresses
+    assert b.generation == 0
 
 
 def test_threads_that_add_hold_and_remove_never_see_anothers_rows():
