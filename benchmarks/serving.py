@@ -91,10 +91,11 @@ def seconds(function):
 
 
 def interleaved(contenders, rounds):
-    times = {name: [] for name in contenders}
+    times, order = {name: [] for name in contenders}, list(contenders)
     for _ in range(rounds + 1):
-        for name, function in contenders.items():
-            times[name].append(seconds(function))
+        for name in order:
+            times[name].append(seconds(contenders[name]))
+        order = order[1:] + order[:1]  # nobody always comes after the same one
     return {name: values[1:] for name, values in times.items()}  # the first warms up
 
 

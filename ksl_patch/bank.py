@@ -21,6 +21,8 @@ from ksl_patch.errors import BankError
 _WIDTH = 8
 LOW = 0xFFFFFFFF
 _TENSORS = ("rows", "entries", "outputs", "table")
+# Odd numbers of 31 bits, drawn once.
+_MULTIPLIERS = [int(m) | 1 for m in np.random.default_rng(0).integers(1 << 30, 1 << 31, 16)]
 # Spare room that a full tensor grows by: a sixteenth. Copying stays cheap and little memory lies idle.
 _SPARE = 16
 
@@ -128,10 +130,10 @@ class PatchBank:
     def add(self, patch: SlotRows) -> int:
         """Put a patch into a free slot. Raises BankError when it does not fit the table or the budget."""
         self._check(patch)
-        ids, order = np.unique(patch.token_ids.cpu().numpy(), return_index=True)
-        rows = patch.rows.detach()[torch.from_numpy(order)]
+        ids = patch.token_ids.cpu().numpy()
+        rows = patch.rows.detach()
         if patch.output_rows is not None:
-            rows = torch.cat([rows, patch.output_rows.detach()[torch.from_numpy(order)].to(rows)])
+            rows = torch.cat([rows, patch.output_rows.detach().to(rows)])
         with self._lock:
             slot = _Slot(ids, patch.output, patch.output_rows is not None, patch.prompt_only)
             number = self._free_slots[-1] if self._free_slots else self._used_slots
@@ -235,9 +237,11 @@ class PatchBank:
         return entry
 
     def _check(self, patch: SlotRows) -> None:
-        ids = patch.token_ids
-        if ids.numel() == 0 or int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
-            raise BankError(f"the patch's token ids must be from 0 to {self.vocab_size - 1}, and at least one.")
+        ids = patch.token_ids.cpu().numpy()
+        if not ids.size or ids.min() < 0 or ids.max() >= self.vocab_size or len(np.unique(ids)) < len(ids):
+            raise BankError(
+                f"the patch's token ids must be different, from 0 to {self.vocab_size - 1}, and at least one."
+            )
         for rows in (patch.rows, patch.output_rows):
             if rows is not None and tuple(rows.shape) != (len(ids), self.hidden_size):
                 raise BankError(
@@ -370,10 +374,8 @@ class PatchBank:
 def _hash(token_ids: np.ndarray) -> tuple[int, int, np.ndarray]:
     """A table for a set of ids: number of buckets, multiplier, and each id's place in the buckets, int64 [k]."""
     buckets = 1 << max(0, int(np.ceil(np.log2(len(token_ids) / 3))))
-    random = np.random.default_rng(0)
     while True:
-        for _ in range(16):
-            multiplier = int(random.integers(1 << 30, 1 << 31)) | 1
+        for multiplier in _MULTIPLIERS:
             bucket = ((token_ids * multiplier) >> 16) & (buckets - 1)
             if np.bincount(bucket, minlength=buckets).max() <= _WIDTH:
                 order = np.argsort(bucket, kind="stable")

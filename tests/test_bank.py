@@ -268,6 +268,7 @@ def test_a_bank_lets_go_of_its_memory():
         ([], (0, D), "at least one"),
         ([1, V], (2, D), f"from 0 to {V - 1}"),
         ([-1], (1, D), "from 0"),
+        ([1, 2, 1], (3, D), "must be different"),
         ([1, 2], (2, D + 1), "do not fit 2 token ids of a table with 8 values a row"),
     ],
 )

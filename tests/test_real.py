@@ -7,7 +7,7 @@ import torch
 from conftest import DEMO
 from test_hf import overwritten
 
-from ksl_patch import Patch
+from ksl_patch import Patch, attach
 from ksl_patch.errors import BaseMismatchError
 from ksl_patch.hf import generate, load_base
 from ksl_patch.train.build import Build, BuildConfig
@@ -59,6 +59,14 @@ def test_the_file_is_small_and_gives_the_tokens_of_an_overwritten_table(build, p
     for prompt, choice, completion in zip(prompts, choices, mixed, strict=True):
         assert generate(overwritten(model, choice), tokenizer, [prompt], [None], max_new_tokens=16) == [completion]
     assert mixed[0] != generate(model, tokenizer, prompts[:1], [None], max_new_tokens=16)[0]
+    ids = torch.tensor([prompts[0]] * 3)
+    reference = overwritten(model, loaded)
+    with torch.no_grad(), attach(model, tokenizer=tokenizer) as handle, handle.using([handle.load(path), None, "es"]):
+        logits = model(ids).logits
+        assert torch.equal(logits[[0, 2]], reference(ids).logits[[0, 2]])
+    with torch.no_grad():
+        assert torch.equal(logits[1], model(ids).logits[1])
+    assert not torch.equal(logits[0], logits[1])
 
 
 def test_the_stored_rows_are_bfloat16_like_the_base(patch, smollm2):
