@@ -6,7 +6,6 @@ Every row changed: the worst case. Tuned table: the base's, and the one that an 
 Contenders take turns; medians are printed.
 """
 
-import json
 import statistics
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import safetensors.torch
 import scipy
 import torch
-from machine import machine
+from machine import machine, report
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import ks_2samp
@@ -90,10 +89,7 @@ def main(rounds, base, tuned, output):
         results["cases"][name] = r
         table.add_row(name, f"{ours / per_row:.0f}", f"{ours / sorting:.2f}", *(f"{v:,.0f}" for v in r.values()))
     Console(width=140).print(table)
-    print(json.dumps(results["machine"]))
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n")
+    report(results, output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ under torch.compile(mode="reduce-overhead"), which is CUDA graphs on a GPU.
 """
 
 import copy
-import json
 import statistics
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import click
 import torch
 import transformers
-from machine import machine
+from machine import machine, report
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from rich.console import Console
@@ -269,10 +268,7 @@ def main(base, random, device, rows, batch, tokens, counts, rounds, repeats, com
         ("of base", "tokens/s", "way"),
         [(f"{v['of_base']:.3f}", f"{v['tokens_per_second']:.1f}", k) for k, v in results["throughput"].items()],
     )
-    print(json.dumps(results["machine"]))
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n")
+    report(results, output)
 
 
 if __name__ == "__main__":

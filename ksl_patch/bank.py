@@ -208,9 +208,10 @@ class PatchBank:
             raise BankError(f"slot {slot} was evicted: hold it to bring it back.")
         k = len(entry.token_ids)
         both = self.rows[self._to_device(entry.bank_rows)]
-        output = (both[k:] if entry.separate else both[:k]) if entry.output else None
-        rows = both[:k]
-        return self._to_device(entry.token_ids), rows, rows if entry.output and not entry.separate else output
+        rows, head_rows = both[:k], both[k:]
+        if not entry.separate:
+            head_rows = rows
+        return self._to_device(entry.token_ids), rows, head_rows if entry.output else None
 
     def lookup(self, slots: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Bank row of each position, or -1 for the base's own row.

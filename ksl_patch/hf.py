@@ -28,8 +28,8 @@ class _Choice:
     """Which slot each row of a batch uses.
 
     slots: int64 [N], one entry for each row, or [1] for all of them. after: the slots behind the prompt, where some
-    patch has scope "prompt". columns, before: columns of the prompt, and those that earlier forwards of the same
-    `generate` took, which `generate` repeats rows in. positions: int64 [1, T] for a packed batch, of which the head
+    patch has scope "prompt". columns, before: columns of the prompt and those of earlier forwards, inside `generate`
+    alone, which may repeat rows. positions: int64 [1, T] for a packed batch, of which the head
     sees those at `kept`. taken: the requests that continuous batching has given the entries to, in their order.
     """
 
@@ -233,7 +233,7 @@ class PatchHandle:
             with self.bank.hold([loaded.slot]):
                 token_ids, rows, output_rows = self.bank.contents(loaded.slot)
             tied: Any = None
-            if self._table.tied and (output_rows is None or output_rows is not rows):
+            if self._table.tied and output_rows is not rows:
                 assert head is not None
                 tied, head.weight = head.weight, nn.Parameter(weight.detach().clone(), requires_grad=False)
                 if output_rows is not None:
@@ -276,29 +276,27 @@ class PatchHandle:
         with self._lock:
             self._open += by
 
-    @contextmanager
-    def packed(self, positions: torch.Tensor, kept: torch.Tensor) -> Iterator[None]:
+    def packed(self, positions: torch.Tensor, kept: torch.Tensor) -> AbstractContextManager[None]:
         """A `with` block for a packed batch: the slot of each position, int64 [1, T]; the head sees `kept` of them."""
-        token = self.current.set(_Choice(positions[0, :1], positions=positions, kept=kept))
-        try:
-            yield
-        finally:
-            self.current.reset(token)
+        return self._chosen(_Choice(positions[0, :1], positions=positions, kept=kept))
 
-    @contextmanager
-    def restarted(self) -> Iterator[None]:
+    def restarted(self) -> AbstractContextManager[None]:
         """A `with` block in which the entries of the open choice are given out to requests from the first on."""
         choice = self.current.get()
-        token = self.current.set(None if choice is None else dataclasses.replace(choice, taken=[]))
-        try:
-            yield
-        finally:
-            self.current.reset(token)
+        return self._chosen(None if choice is None else dataclasses.replace(choice, taken=[]))
 
     @property
     def is_static(self) -> bool:
         """Whether the choice is kept in one device buffer (`max_batch`)."""
         return self._static is not None
+
+    @contextmanager
+    def _chosen(self, choice: _Choice | None) -> Iterator[None]:
+        token = self.current.set(choice)
+        try:
+            yield
+        finally:
+            self.current.reset(token)
 
     @contextmanager
     def _serving(self, resolve: Callable[[], list[int]]) -> Iterator[None]:
@@ -318,9 +316,7 @@ class PatchHandle:
                     raise RunError(f"{len(slots)} entries are more than the max_batch of this handle.")
                 stack.callback(self._static.slots.zero_)
                 self._fill(slots)
-            choice = self._choice(slots)
-            token = self.current.set(choice)
-            stack.callback(self.current.reset, token)
+            stack.enter_context(self._chosen(self._choice(slots)))
             yield
 
     def _choice(self, slots: list[int]) -> _Choice:
@@ -376,11 +372,8 @@ class PatchHandle:
                 kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
             )
             self._fill(choice.slots.repeat_interleave(each).tolist()[: len(self._static.slots)])
-        token = self.current.set(dataclasses.replace(choice, columns=columns))
-        try:
+        with self._chosen(dataclasses.replace(choice, columns=columns)):
             return generate(*args, **kwargs)
-        finally:
-            self.current.reset(token)
 
     def _on_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self._static is not None:

@@ -119,18 +119,18 @@ def _steps_cpu(
     rows = chunk_rows or max(1, (1 << 19) // d)  # 2 MB of float32: enough work to hide what starting it costs
     h = np.zeros(V, dtype=np.int64)
 
+    bits, exponent, unit = _BITS[dtype]
+    # Eight bytes at a time where a row is a multiple of that, with the masks once for each value in them.
+    lanes = 8 // bits.itemsize if d * bits.itemsize % 8 == 0 else 1
+    word = np.dtype(f"u{lanes * bits.itemsize}")
+    repeat = sum(1 << (8 * bits.itemsize * lane) for lane in range(lanes))
+    masks = [np.uint64(mask * repeat) for mask in (exponent, unit, exponent + unit)]
+
     def work(start: int) -> None:
         x = before[start : start + rows].to(device, dtype).contiguous()
         y = after[start : start + rows].to(device, dtype).contiguous()
-        bits, exponent, unit = _BITS[dtype]
         bx, by = x.view(bits).numpy(), y.view(bits).numpy()
         changed = np.empty(len(bx), dtype=np.bool_)
-        # Eight bytes at a time where a row is a multiple of that, with the masks once for each value in them.
-        lanes = 8 // bx.itemsize if d * bx.itemsize % 8 == 0 else 1
-        word = np.dtype(f"u{lanes * bx.itemsize}")
-        masks = [
-            np.uint64(sum(m << (8 * bx.itemsize * i) for i in range(lanes))) for m in (exponent, unit, exponent + unit)
-        ]
         bad = _scan(bx.view(word), by.view(word), *masks, changed)
         if bad >= 0:
             raise _not_finite(start + bad // 2, "after" if bad % 2 else "before")

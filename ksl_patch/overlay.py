@@ -31,7 +31,7 @@ def replace_rows(
 class Overlay:
     """A bank's patches over one model's embedding and head.
 
-    slots, below: int64, the slot of each position: [B, T], or [B, 1] for one in each batch row, or [1, 1].
+    slots: int64, the slot of each position: [B, T], or [B, 1] for one in each batch row, or [1, 1].
     """
 
     def __init__(self, table: EmbeddingTable, bank: PatchBank) -> None:
@@ -51,8 +51,6 @@ class Overlay:
     def correct(self, slots: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """hidden [B, T, d], logits [B, T, V] -> logits with those of the patched tokens from the patch's rows."""
         bank = self.bank
-        if not bank.output_width:
-            return logits
         entries = bank.outputs[bank.table[slots][..., 3]]  # [B, T or 1, K]
         known = entries >= 0
         token_ids = (entries >> 32).clamp(min=0)
@@ -68,7 +66,7 @@ class Overlay:
 
 
 class TrainedRows(nn.Module):
-    """The rows of one patch while they are trained, in float32 (or the table's dtype for evaluation) [k, d]."""
+    """The rows of one patch while they are trained, in float32 [k, d]."""
 
     rows: nn.Parameter
     index: torch.Tensor
