@@ -3,8 +3,8 @@
     python benchmarks/serving.py --base .demo/smollm2 [--output benchmarks/results/serving-cpu.json]
     python benchmarks/serving.py --random llama-8b --device cuda --compile --output benchmarks/results/serving-gpu.json
 
-Contenders take turns; medians are printed, the ratio first. With --compile the base and ours run with a static cache
-under torch.compile(mode="reduce-overhead"), which is CUDA graphs on a GPU.
+Contenders take turns; medians are printed, the ratio to the base in the same round first. With --compile the base
+and ours run with a static cache under torch.compile(mode="reduce-overhead"), which is CUDA graphs on a GPU.
 """
 
 import copy
@@ -15,6 +15,8 @@ import warnings
 from pathlib import Path
 
 import click
+import numpy as np
+import scipy.stats
 import torch
 import transformers
 from machine import machine, report
@@ -139,8 +141,21 @@ def throughput(bench, counts, rounds, compiled):
         contenders["PEFT LoRA (r=8, q and v), mixed batch"] = lambda: bench.generate(lora, adapter_names=names)
         contenders["the model reloaded for one batch"] = lambda: bench.generate(bench.load())
     times = interleaved(contenders, rounds)
-    rates = {name: bench.batch * bench.tokens / statistics.median(values) for name, values in times.items()}
-    return {name: {"tokens_per_second": rate, "of_base": rate / rates["base"]} for name, rate in rates.items()}
+    return {
+        name: {
+            "tokens_per_second": bench.batch * bench.tokens / statistics.median(values),
+            **paired(np.array(times["base"]) / np.array(values)),
+        }
+        for name, values in times.items()
+    }
+
+
+def paired(ratios):
+    """The median of the rounds' own ratios to the base, with a bootstrap interval: machines drift between rounds."""
+    if np.ptp(ratios) == 0:
+        return {"of_base": 1.0, "interval": [1.0, 1.0]}
+    interval = scipy.stats.bootstrap((ratios,), np.median, confidence_level=0.95, rng=0).confidence_interval
+    return {"of_base": float(np.median(ratios)), "interval": list(map(float, interval))}
 
 
 def replacing(bench, folder, repeats):
@@ -234,9 +249,9 @@ def show(title, columns, rows):
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
 @click.option("--rows", default=32, help="Rows of a patch.")
 @click.option("--batch", default=4)
-@click.option("--tokens", default=32, help="New tokens in a turn.")
+@click.option("--tokens", default=16, help="New tokens in a turn.")
 @click.option("--patches", "counts", type=int, multiple=True, default=(1, 100, 10_000))
-@click.option("--rounds", default=7)
+@click.option("--rounds", default=31)
 @click.option("--repeats", default=100, help="Of the latencies.")
 @click.option("--compile", "compiled", is_flag=True)
 @click.option("--output", type=click.Path(path_type=Path))
@@ -265,8 +280,11 @@ def main(base, random, device, rows, batch, tokens, counts, rounds, repeats, com
     results["throughput"] = throughput(bench, counts, rounds, compiled)
     show(
         "Decode throughput",
-        ("of base", "tokens/s", "way"),
-        [(f"{v['of_base']:.3f}", f"{v['tokens_per_second']:.1f}", k) for k, v in results["throughput"].items()],
+        ("of base", "95% interval", "tokens/s", "way"),
+        [
+            (f"{v['of_base']:.3f}", "{:.3f} to {:.3f}".format(*v["interval"]), f"{v['tokens_per_second']:.1f}", k)
+            for k, v in results["throughput"].items()
+        ],
     )
     report(results, output)
 

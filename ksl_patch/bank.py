@@ -239,7 +239,7 @@ class PatchBank:
 
     def _check(self, patch: SlotRows) -> None:
         ids = patch.token_ids.cpu().numpy()
-        if not ids.size or ids.min() < 0 or ids.max() >= self.vocab_size or len(np.unique(ids)) < len(ids):
+        if not ids.size or ids.min() < 0 or ids.max() >= self.vocab_size or not np.diff(np.sort(ids)).all():
             raise BankError(
                 f"the patch's token ids must be different, from 0 to {self.vocab_size - 1}, and at least one."
             )

@@ -80,7 +80,7 @@ class EmbeddingTable:
         """The rows of token_ids int64 [k] as the table has them, [k, d]."""
         token_ids = token_ids.to(self.device)
         if self.plain:
-            return self.weight.detach()[token_ids]
+            return self.weight.detach().index_select(0, token_ids)
         lookup = self.lookups[0]
         found: torch.Tensor = lookup.module(token_ids[None])[0]
         return found if lookup.scale is None else found / lookup.scale
@@ -192,7 +192,7 @@ def check_base(
         differs = (own - expected).norm(dim=1) > 0.2 * expected.norm(dim=1)
         how = "up to quantisation"
     elif own.dtype == expected.dtype:
-        differs = (own != expected).any(dim=1)
+        differs = own != expected
         how = "exactly"
     else:
         own, expected = own.double(), expected.double()
@@ -201,6 +201,7 @@ def check_base(
         differs = ((own - expected).abs() > tolerance).any(dim=1)
         how = f"up to rounding ({dtype_name(table.dtype)} here, {identity.dtype} in the patch)"
     if differs.any():
+        differs = differs.view(len(token_ids), -1).any(dim=1)
         first = int(token_ids[differs][0])
         distance = float((own.double() - base_rows.double()).abs().max())
         raise BaseMismatchError(
