@@ -63,7 +63,42 @@ class _Slot:
         return len(self.token_ids) * (2 if self.separate else 1)
 
 
-class PatchBank:
+class BankTensors:
+    """What a reader of a bank sees: four device tensors, and the lookup (slot, token id) -> bank row.
+
+    rows: [R, d]. entries: int64 [E, 8], buckets of (token id << 32 | bank row), -1 where empty, bucket 0 always.
+    outputs: int64 [O, K], the same for the head's rows of the slots that change it, line 0 being nobody's.
+    table: int64 [S, 4], a slot's first bucket, mask, multiplier and line of `outputs`; slot 0 is the base, and an
+    empty slot finds nothing, as the base.
+    """
+
+    rows: torch.Tensor
+    entries: torch.Tensor
+    outputs: torch.Tensor
+    table: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, spare room included."""
+        return sum(getattr(self, name).nbytes for name in _TENSORS)
+
+    def lookup(self, slots: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Bank row of each position, or -1 for the base's own row.
+
+        slots: int64, broadcastable to token_ids' shape; token_ids: int64 or int32. Returns int64 of that shape.
+        One bucket is read for each position: multiply-shift hashing, with a multiplier that keeps a slot's
+        buckets from overflowing (Dietzfelbinger et al., "A reliable randomized algorithm for the closest-pair
+        problem", 1997).
+        """
+        first, mask, multiplier, _ = self.table[slots].unbind(-1)
+        token_ids = token_ids.long()
+        bucket = first + (((token_ids * multiplier) >> 16) & mask)
+        found = self.entries[bucket]  # [..., 8]
+        match = (found >> 32) == token_ids.unsqueeze(-1)
+        return torch.where(match, found & LOW, -1).amax(dim=-1)
+
+
+class PatchBank(BankTensors):
     """Rows of many patches on one device, found by (slot, token id) in one step however many there are.
 
     vocab_size, hidden_size, dtype, device: of the base's table.
@@ -74,10 +109,6 @@ class PatchBank:
         for no limit.
     evict: with a budget, move the least recently used patches to (pinned) host memory instead of failing; they
         come back when they are used.
-
-    rows: [R, d]. entries: int64 [E, 8], buckets of (token id << 32 | bank row). outputs: int64 [O, K], the same
-    for the head's rows of the slots that change it, line 0 being nobody's. table: int64 [S, 4], a slot's first
-    bucket, mask, multiplier and line of `outputs`; slot 0 is the base, and an empty slot finds nothing, as the base.
     """
 
     def __init__(
@@ -118,18 +149,13 @@ class PatchBank:
         return sum(not slot.retired for slot in self._slots.values())
 
     @property
-    def nbytes(self) -> int:
-        """Bytes on the device, spare room included."""
-        return sum(getattr(self, name).nbytes for name in _TENSORS)
-
-    @property
     def output_width(self) -> int:
         """The most rows of the head that one slot changes."""
         return int(self.outputs.shape[1])
 
     def add(self, patch: SlotRows) -> int:
         """Put a patch into a free slot. Raises BankError when it does not fit the table or the budget."""
-        self._check(patch)
+        _check_rows(patch, self.vocab_size, self.hidden_size)
         ids = patch.token_ids.cpu().numpy()
         rows = patch.rows.detach()
         if patch.output_rows is not None:
@@ -213,21 +239,6 @@ class PatchBank:
             head_rows = rows
         return self._to_device(entry.token_ids), rows, head_rows if entry.output else None
 
-    def lookup(self, slots: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """Bank row of each position, or -1 for the base's own row.
-
-        slots: int64, broadcastable to token_ids' shape; token_ids: int64 or int32. Returns int64 of that shape.
-        One bucket is read for each position: multiply-shift hashing, with a multiplier that keeps a slot's
-        buckets from overflowing (Dietzfelbinger et al., "A reliable randomized algorithm for the closest-pair
-        problem", 1997).
-        """
-        first, mask, multiplier, _ = self.table[slots].unbind(-1)
-        token_ids = token_ids.long()
-        bucket = first + (((token_ids * multiplier) >> 16) & mask)
-        found = self.entries[bucket]  # [..., 8]
-        match = (found >> 32) == token_ids.unsqueeze(-1)
-        return torch.where(match, found & LOW, -1).amax(dim=-1)
-
     # Everything below runs on the host, under the lock. A reader takes table, then entries, then rows; a writer
     # fills them the other way round, so that what a reader finds is always there.
 
@@ -236,19 +247,6 @@ class PatchBank:
         if entry is None or (entry.retired and not entry.holds):
             raise BankError(f"slot {number} of the bank is empty.")
         return entry
-
-    def _check(self, patch: SlotRows) -> None:
-        ids = patch.token_ids.cpu().numpy()
-        if not ids.size or ids.min() < 0 or ids.max() >= self.vocab_size or not np.diff(np.sort(ids)).all():
-            raise BankError(
-                f"the patch's token ids must be different, from 0 to {self.vocab_size - 1}, and at least one."
-            )
-        for rows in (patch.rows, patch.output_rows):
-            if rows is not None and tuple(rows.shape) != (len(ids), self.hidden_size):
-                raise BankError(
-                    f"rows of shape {list(rows.shape)} do not fit {len(ids)} token ids of a table with "
-                    f"{self.hidden_size} values a row."
-                )
 
     def _place(self, number: int, slot: _Slot, rows: torch.Tensor) -> None:
         """Write a slot's rows and entries, and make them visible last."""
@@ -273,16 +271,14 @@ class PatchBank:
             entries.reshape(-1)[positions] = (slot.token_ids << 32) | taken[:k]
             self.entries[start : start + buckets] = self._to_device(entries)
             if slot.output:
-                slot.output_line = self._place_output((slot.token_ids << 32) | taken[-k:])
+                slot.output_line = self._place_output(slot.token_ids, taken[-k:])
             self.table[number] = self._to_device(np.array([start, buckets - 1, multiplier, slot.output_line]))
         slot.bank_rows, slot.buckets = taken, (start, buckets)
 
-    def _place_output(self, entries: np.ndarray) -> int:
+    def _place_output(self, token_ids: np.ndarray, rows: np.ndarray) -> int:
         line = self._free_outputs.pop() if self._free_outputs else self._used_outputs
         self._used_outputs = max(self._used_outputs, line + 1)
-        # What is over repeats the first entry: the same value is written twice.
-        padding = np.repeat(entries[:1], self.output_width - len(entries))
-        self.outputs[line] = self._to_device(np.concatenate([entries, padding]))
+        self.outputs[line] = self._to_device(_line(token_ids, rows, self.output_width))
         return line
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
@@ -372,9 +368,100 @@ class PatchBank:
         slot.bank_rows, slot.buckets, slot.output_line = None, (0, 0), 0
 
 
+class SlotBank(BankTensors):
+    """A bank of a fixed shape for a runtime that numbers the slots itself, as vLLM does: nothing ever grows.
+
+    slots: how many beside the base. max_rows: what one of them has room for, the head's own rows included.
+    So whatever fits by itself fits whatever else is there, and CUDA graphs and compiled code stay right.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        max_rows: int,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.max_rows, self.vocab_size, self.hidden_size = max_rows, vocab_size, hidden_size
+        self._buckets = 2 * _fewest_buckets(max_rows)
+        self.rows = torch.zeros(slots * max_rows, hidden_size, dtype=dtype, device=device)
+        self.entries = torch.full((1 + slots * self._buckets, _WIDTH), -1, device=device)
+        self.outputs = torch.full((1 + slots, max_rows), -1, device=device)
+        self.table = torch.zeros(1 + slots, 4, dtype=torch.int64, device=device)
+        self._changes_head: set[int] = set()
+
+    @property
+    def changes_head(self) -> bool:
+        """Whether any slot changes the head's rows."""
+        return bool(self._changes_head)
+
+    def check(self, patch: SlotRows) -> None:
+        """Raise BankError unless `write` would take the patch."""
+        _check_rows(patch, self.vocab_size, self.hidden_size)
+        count = len(patch.token_ids) * (1 if patch.output_rows is None else 2)
+        if count > self.max_rows:
+            raise BankError(f"the patch has {count} rows, and a slot has room for {self.max_rows}: reserve more.")
+        if patch.prompt_only:
+            raise BankError("the patch acts on the prompt only, which a bank of this kind cannot do.")
+        if _hash(patch.token_ids.cpu().numpy())[0] > self._buckets:
+            raise BankError("the patch's token ids do not fit the bank's hash table: reserve more rows a slot.")
+
+    def write(self, slot: int, patch: SlotRows) -> None:
+        """Give a slot, 1 to `slots`, new content. Raises BankError as `check` does."""
+        self.check(patch)
+        ids = patch.token_ids.cpu().numpy()
+        buckets, multiplier, positions = _hash(ids)
+        first_row, first_bucket = (slot - 1) * self.max_rows, 1 + (slot - 1) * self._buckets
+        k = len(ids)
+        taken = first_row + np.arange(k * (1 if patch.output_rows is None else 2))
+        entries = np.full((buckets, _WIDTH), -1, dtype=np.int64)
+        entries.reshape(-1)[positions] = (ids << 32) | taken[:k]
+        self.rows[first_row : first_row + k].copy_(patch.rows, non_blocking=True)
+        if patch.output_rows is not None:
+            self.rows[first_row + k : first_row + 2 * k].copy_(patch.output_rows, non_blocking=True)
+        self.entries[first_bucket : first_bucket + buckets].copy_(torch.from_numpy(entries))
+        if patch.output:
+            self.outputs[slot].copy_(torch.from_numpy(_line(ids, taken[-k:], self.max_rows)))
+            self._changes_head.add(slot)
+        else:
+            self._changes_head.discard(slot)
+        line = slot if patch.output else 0
+        self.table[slot].copy_(torch.tensor([first_bucket, buckets - 1, multiplier, line]))
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot: it answers as the base."""
+        self.table[slot] = 0
+        self._changes_head.discard(slot)
+
+
+def _line(token_ids: np.ndarray, rows: np.ndarray, width: int) -> np.ndarray:
+    """A line of `outputs`. What is over repeats the first entry: the same value is written twice."""
+    entries = (token_ids << 32) | rows
+    return np.concatenate([entries, np.repeat(entries[:1], width - len(entries))])
+
+
+def _check_rows(patch: SlotRows, vocab_size: int, hidden_size: int) -> None:
+    ids = patch.token_ids.cpu().numpy()
+    if not ids.size or ids.min() < 0 or ids.max() >= vocab_size or not np.diff(np.sort(ids)).all():
+        raise BankError(f"the patch's token ids must be different, from 0 to {vocab_size - 1}, and at least one.")
+    for rows in (patch.rows, patch.output_rows):
+        if rows is not None and tuple(rows.shape) != (len(ids), hidden_size):
+            raise BankError(
+                f"rows of shape {list(rows.shape)} do not fit {len(ids)} token ids of a table with "
+                f"{hidden_size} values a row."
+            )
+
+
+def _fewest_buckets(count: int) -> int:
+    return 1 << max(0, math.ceil(math.log2(count / 3)))
+
+
 def _hash(token_ids: np.ndarray) -> tuple[int, int, np.ndarray]:
     """A table for a set of ids: number of buckets, multiplier, and each id's place in the buckets, int64 [k]."""
-    buckets = 1 << max(0, int(np.ceil(np.log2(len(token_ids) / 3))))
+    buckets = _fewest_buckets(len(token_ids))
     while True:
         for multiplier in _MULTIPLIERS:
             bucket = ((token_ids * multiplier) >> 16) & (buckets - 1)

@@ -6,7 +6,7 @@ and CUDA graphs, and its cost does not depend on how many patches are loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ksl_patch.bank import LOW, PatchBank, SlotRows
+from ksl_patch.bank import LOW, BankTensors, PatchBank, SlotRows
 from ksl_patch.base import EmbeddingTable, find_embedding
 
 
@@ -26,6 +26,33 @@ def replace_rows(
     if scale is not None:
         replacement = replacement * scale
     return torch.where((position >= 0)[..., None], replacement.to(embeddings.dtype), embeddings)
+
+
+def correct_logits(
+    bank: BankTensors,
+    slots: torch.Tensor,
+    hidden: torch.Tensor,
+    logits: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    finish: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
+) -> torch.Tensor:
+    """hidden [B, T, d], logits [B, T, V] -> logits with those of the patched tokens from the slots' rows of the head.
+
+    bias: [V], the head's. finish: what the model does to logits after the head.
+    """
+    entries = bank.outputs[bank.table[slots][..., 3]]  # [B, T or 1, K]
+    known = entries >= 0
+    token_ids = (entries >> 32).clamp(min=0)
+    rows = bank.rows[torch.where(known, entries & LOW, 0)].to(hidden.dtype)  # [B, T or 1, K, d]
+    each_row = rows.shape[1] == 1
+    patched = hidden @ rows[:, 0].mT if each_row else (rows @ hidden[..., None]).squeeze(-1)  # [B, T, K]
+    if bias is not None:
+        patched = patched + bias[token_ids]
+    patched = finish(patched)
+    # A line is filled up with its first entry; all its copies are to have one value.
+    patched = torch.where(token_ids == token_ids[..., :1], patched[..., :1], patched).to(logits.dtype)
+    token_ids, known = token_ids.expand_as(patched), known.expand_as(patched)
+    return logits.scatter(-1, token_ids, torch.where(known, patched, logits.gather(-1, token_ids)))
 
 
 class Overlay:
@@ -50,19 +77,7 @@ class Overlay:
 
     def correct(self, slots: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """hidden [B, T, d], logits [B, T, V] -> logits with those of the patched tokens from the patch's rows."""
-        bank = self.bank
-        entries = bank.outputs[bank.table[slots][..., 3]]  # [B, T or 1, K]
-        known = entries >= 0
-        token_ids = (entries >> 32).clamp(min=0)
-        rows = bank.rows[torch.where(known, entries & LOW, 0)]  # [B, T or 1, K, d]
-        each_row = rows.shape[1] == 1
-        patched = hidden @ rows[:, 0].mT if each_row else (rows @ hidden[..., None]).squeeze(-1)  # [B, T, K]
-        if self._head_bias is not None:
-            patched = patched + self._head_bias[token_ids]
-        # A line is filled up with its first entry; all its copies are to have one value.
-        patched = torch.where(token_ids == token_ids[..., :1], patched[..., :1], patched).to(logits.dtype)
-        token_ids, known = token_ids.expand_as(patched), known.expand_as(patched)
-        return logits.scatter(-1, token_ids, torch.where(known, patched, logits.gather(-1, token_ids)))
+        return correct_logits(self.bank, slots, hidden, logits, self._head_bias)
 
 
 class TrainedRows(nn.Module):

@@ -1,0 +1,1 @@
+"""Other formats: PEFT's adapters."""

@@ -1,0 +1,1 @@
+"""Where patches are kept."""

@@ -1,0 +1,148 @@
+"""The embedding layer that vLLM's adapter plumbing drives: a slot holds a patch's rows instead of a LoRA."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.config.lora import LoRAConfig
+from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+from ksl_patch.bank import SlotBank, SlotRows
+from ksl_patch.errors import BaseMismatchError
+from ksl_patch.overlay import correct_logits, replace_rows
+from ksl_patch.vllm.settings import read_settings
+
+_OUTPUT, _SEPARATE = 1, 2
+
+
+def pack(patch: SlotRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """A patch as the two tensors of an adapter that vLLM keeps, pins and hands to `set_lora`.
+
+    First int64 [1 + k], flags and token ids; then rows [k, d], or [2k, d] with the head's own rows behind them.
+    """
+    flags = (_OUTPUT if patch.output else 0) | (_SEPARATE if patch.output_rows is not None else 0)
+    rows = patch.rows if patch.output_rows is None else torch.cat([patch.rows, patch.output_rows])
+    return torch.cat([torch.tensor([flags]), patch.token_ids]), rows
+
+
+def unpack(ids: torch.Tensor, rows: torch.Tensor) -> SlotRows:
+    """`pack` backwards."""
+    flags, token_ids = int(ids[0]), ids[1:]
+    k = len(token_ids)
+    return SlotRows(token_ids, rows[:k], bool(flags & _OUTPUT), rows[k:] if flags & _SEPARATE else None)
+
+
+class PatchedEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]
+    """A `VocabParallelEmbedding` whose rows are replaced, position by position, by those of the request's patch.
+
+    It runs behind the all-reduce of tensor parallelism: every rank holds all rows of all patches.
+    """
+
+    bank: SlotBank
+    corrects_head = False
+
+    def create_lora_weights(self, max_loras: int, lora_config: LoRAConfig, model_config: Any = None) -> None:
+        """Reserve `max_rows` rows for each of `max_loras` slots."""
+        self.vllm_config = get_current_vllm_config()
+        settings = read_settings(self.vllm_config.additional_config)
+        base = self.base_layer
+        weight: Any = getattr(base, "weight", None)
+        plain = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        self.plain = plain and type(base.quant_method).__name__ == "UnquantizedEmbeddingMethod"
+        dtype = weight.dtype if self.plain else lora_config.lora_dtype
+        self.slots = max_loras
+        self.bank = SlotBank(
+            max_loras,
+            settings.max_rows or lora_config.max_lora_rank,
+            base.org_vocab_size,
+            base.embedding_dim,
+            dtype=dtype,
+            device=next(base.parameters()).device,
+        )
+        self.lora_a_stacked = self.bank.rows[:1, :0]  # vLLM asks it for the dtype of its warm-up adapters
+
+    def reset_lora(self, index: int) -> None:
+        """Empty a slot."""
+        self.bank.clear(index + 1)
+
+    def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
+        """Fill a slot with what `pack` gave. vLLM's warm-up adapters, floating-point zeros, leave it empty."""
+        if lora_a.is_floating_point():
+            self.bank.clear(index + 1)
+        else:
+            self.bank.write(index + 1, unpack(lora_a, lora_b))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Token ids int64 or int32 [T] -> embeddings [T, d]."""
+        position = self.bank.lookup(self.slot_of(self.punica_wrapper._token_lora_indices[: x.shape[0]]), x)
+        return replace_rows(self.base_layer(x), position, self.bank.rows, None)
+
+    def slot_of(self, indices: torch.Tensor) -> torch.Tensor:
+        """vLLM's index of an adapter, -1 for none, as a slot. Padding holds anything and may not point outside."""
+        return indices.clamp(-1, self.slots - 1) + 1
+
+    def base_rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of token_ids int64 [k] are on this rank, bool [k], and the base's rows of those."""
+        shard = self.base_layer.shard_indices
+        start, end = shard.org_vocab_start_index, shard.org_vocab_end_index
+        mine = (token_ids >= start) & (token_ids < end)
+        local = (token_ids[mine] - start).to(self.bank.rows.device)
+        return mine, self.base_layer.quant_method.embedding(self.base_layer, local)
+
+
+def correct_head(model: nn.Module, layer: PatchedEmbedding) -> None:
+    """Correct a model's logits for the patches of side "input+output" from now on. Does nothing twice.
+
+    Raises BaseMismatchError for an engine whose logits cannot be followed.
+    """
+    if layer.corrects_head:
+        return
+    config = layer.vllm_config
+    found = [m for m in model.modules() if isinstance(m, (LogitsProcessor, LogitsProcessorWithLoRA))]
+    inner = {id(m.base_layer) for m in found if isinstance(m, LogitsProcessorWithLoRA)}
+    processors = [m for m in found if id(m) not in inner]
+    if len(processors) != 1:
+        raise BaseMismatchError(f"{type(model).__name__} has {len(processors)} logits processors, where one is needed.")
+    if config.parallel_config.enable_batch_sharded_sampling:
+        raise BaseMismatchError("patches of side 'input+output' do not go with batch-sharded sampling.")
+    if config.speculative_config is not None and config.use_v2_model_runner:
+        # It says which patch a request has, not which each of a request's several drafted positions has.
+        raise BaseMismatchError("patches of side 'input+output' do not go with speculative decoding on this runner.")
+    processors[0].register_forward_hook(functools.partial(_correct, layer))
+    layer.corrects_head = True
+
+
+def _correct(layer: PatchedEmbedding, processor: Any, args: Any, logits: torch.Tensor | None) -> torch.Tensor | None:
+    """logits [N, V] of a LogitsProcessor called with (head, hidden [N, d], bias), corrected."""
+    if logits is None or not layer.bank.changes_head:
+        return logits
+    hidden, bias = args[1], args[2] if len(args) > 2 else None
+    slots = layer.slot_of(_indices(layer.punica_wrapper, hidden))
+    head_dtype = getattr(processor, "head_dtype", None) or hidden.dtype
+
+    def finish(values: torch.Tensor) -> torch.Tensor:
+        if processor.soft_cap is not None:
+            values = torch.tanh(values / processor.soft_cap) * processor.soft_cap
+        return values if processor.scale == 1.0 else values * processor.scale
+
+    # A batch of one position each: [N, 1, d] and slots [N, 1].
+    hidden, logits = hidden.to(head_dtype)[:, None], logits[:, None]
+    return correct_logits(layer.bank, slots[:, None], hidden, logits, bias, finish)[:, 0]
+
+
+def _indices(punica: Any, hidden: torch.Tensor) -> Any:
+    """vLLM's adapter index of each row of hidden [N, d].
+
+    What is sampled from is a copy of the rows at the requests' last positions. Log-probabilities of a prompt are
+    computed from a view into all positions, of which the offset says where it begins.
+    """
+    N, d = hidden.shape
+    if hidden.untyped_storage().nbytes() == hidden.nbytes:
+        return punica._sampler_indices[:N]
+    start = hidden.storage_offset() // d
+    return punica._token_lora_indices[start : start + N]

