@@ -11,7 +11,7 @@ import click
 from ksl_patch import __version__
 from ksl_patch.errors import KslPatchError
 
-_COMMANDS = ("build", "generate", "inspect", "verify")
+_COMMANDS = ("build", "generate", "inspect", "serve", "verify")
 
 
 class _LazyGroup(click.Group):

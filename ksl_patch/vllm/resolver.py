@@ -1,0 +1,52 @@
+"""Names that vLLM does not know: files of the configured folders, and digests of the local store."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from pathlib import Path
+
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolver
+
+from ksl_patch.errors import PatchError
+from ksl_patch.patch import Patch, check_name
+from ksl_patch.store.local import Store
+
+logger = logging.getLogger("vllm.ksl_patch")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def inside(path: Path, folders: tuple[str, ...]) -> Path:
+    """A patch file's real path. Raises PatchError for one that is, or leads, outside the folders."""
+    roots = [Path(folder).resolve() for folder in folders]
+    for candidate in [path] if path.is_absolute() else [root / path for root in roots]:
+        real = candidate.resolve()
+        if any(real.is_relative_to(root) for root in roots) and real.suffix == ".safetensors" and real.is_file():
+            return real
+    raise PatchError(f"{str(path)[:200]!r} is not a .safetensors file in the folders that patches may come from.")
+
+
+class PatchResolver(LoRAResolver):  # type: ignore[misc]
+    """NAME is NAME.safetensors of a configured folder; 64 digits are a digest of the local store."""
+
+    def __init__(self, folders: tuple[str, ...]) -> None:
+        self._folders = folders
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+        """The adapter of a name, its file in the store, or None. vLLM gives it an id of its own."""
+        try:
+            path = await asyncio.to_thread(self._find, lora_name)
+        except PatchError as error:
+            logger.warning("ksl_patch: %s is not served: %s", lora_name[:100], error)
+            return None
+        return LoRARequest(lora_name, 1, str(path))
+
+    def _find(self, name: str) -> Path:
+        check_name(name)
+        store = Store()
+        if _DIGEST.fullmatch(name):
+            store.get(name)
+            return store.path(name)
+        return store.add(Patch.load(inside(Path(f"{name}.safetensors"), self._folders)))

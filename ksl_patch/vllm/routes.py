@@ -1,0 +1,410 @@
+"""What the API server gets: `/v1/patches`, prompt templates, and metrics. One of vLLM's endpoint plugins."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+from prometheus_client import Counter, Gauge, Histogram
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import State
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolverRegistry
+
+from ksl_patch.base import tokenizer_digest
+from ksl_patch.errors import KslPatchError, PatchError, RunError
+from ksl_patch.patch import Patch, PatchMeta, check_name
+from ksl_patch.store.local import Store
+from ksl_patch.vllm.resolver import PatchResolver, inside
+from ksl_patch.vllm.settings import Settings, read_settings
+
+logger = logging.getLogger("vllm.ksl_patch")
+router = APIRouter(prefix="/v1/patches")
+
+# vLLM's own routes for adapters, and SageMaker's names of them.
+_GUARDED = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters")
+_MAX_BODY = 16 * 2**20
+_LATENCY = {"buckets": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)}
+
+
+class PatchFile(BaseModel):
+    """What to load: a file's path, in the configured folders, or a digest of the local store."""
+
+    model_config = ConfigDict(extra="forbid")
+    path: str | None = Field(None, max_length=4096)
+    digest: str | None = Field(None, max_length=64)
+
+
+class NamedPatchFile(PatchFile):
+    """The same and the name it is to have; by default its own."""
+
+    name: str | None = Field(None, max_length=96)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a file of the store says."""
+
+    digest: str
+    meta: PatchMeta
+    rows: int
+    nbytes: int
+
+
+class _RefusalError(Exception):
+    """An answer other than 200."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class PatchRoutes:
+    """The plugin: it adds the routes and the middleware, and begins when the engine is up."""
+
+    name = "ksl_patch"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes. The resolver must be known before vLLM's own state is made."""
+        settings = read_settings(getattr(app.state.args, "additional_config", None))
+        if settings.folders:
+            LoRAResolverRegistry.register_resolver("ksl_patch", PatchResolver(settings.folders))
+        app.include_router(router)
+        app.add_middleware(Prompts, state=app.state, guard=settings.guard)
+        app.add_exception_handler(_RefusalError, _refuse)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Take the engine and the names that vLLM serves."""
+        state.ksl_patch = Patches(engine_client, state.openai_serving_models, read_settings(args.additional_config))
+        await state.ksl_patch.start()
+
+
+class Patches:
+    """The patches that one API server serves. Names and requests are vLLM's; what they hold is ours.
+
+    models: vLLM's `OpenAIServingModels`.
+    """
+
+    def __init__(self, engine: Any, models: Any, settings: Settings) -> None:
+        self.settings = settings
+        self._engine, self._models = engine, models
+        self._content = functools.lru_cache(maxsize=4096)(_read)
+        self._warned: set[str] = set()
+        self._served: dict[str, int] = {}
+        self._metrics = _metrics()
+        self._metrics["loaded"].set_function(lambda: len(self.names()))
+        self._count(engine.output_processor)
+
+    async def start(self) -> None:
+        """Ask the workers for their bank."""
+        banks = await self._engine.collective_rpc("ksl_patch_bank")
+        self._metrics["bank"].set(max(bank["bytes"] for bank in banks))
+        for name in self.names():
+            self.content(name)
+
+    def names(self) -> list[str]:
+        """The names that stand for patches now."""
+        return [name for name, request in self._models.lora_requests.items() if Path(request.lora_path).is_file()]
+
+    def content(self, name: str) -> _Content:
+        """What a name stands for now. Raises a 404."""
+        request = self._models.lora_requests.get(name)
+        if request is None or not Path(request.lora_path).is_file():
+            raise _RefusalError(404, f"no patch named {name[:100]} is loaded.")
+        content: _Content = self._content(request.lora_path)
+        return content
+
+    def describe(self, name: str, *, full: bool = False) -> dict[str, Any]:
+        """A patch for the routes."""
+        content = self.content(name)
+        meta = content.meta
+        summary: dict[str, Any] = {
+            "name": name,
+            "digest": content.digest,
+            "language": meta.language,
+            "side": meta.side,
+            "rows": content.rows,
+            "bytes": content.nbytes,
+            "requests": self._served.get(name, 0),
+            "in_flight": self._in_flight(name),
+        }
+        if full:
+            template = meta.template
+            summary["template"] = None if template is None else {"text": template.text, "chat": template.chat}
+            summary |= {"licence": meta.licence, "created": meta.created, "base": meta.base.model_id}
+        return summary
+
+    async def load(self, file: PatchFile, name: str | None) -> str:
+        """Put a patch behind a new name."""
+        patch = await self._read(file)
+        name = _named(name or patch.meta.name)
+        async with self._models.lora_resolver_lock[name]:
+            if self._models.is_base_model(name) or name in self._models.lora_requests:
+                raise _RefusalError(409, f"{name} is served already: replace it, or choose another name.")
+            with self._metrics["load"].time():
+                self._models.lora_requests[name] = await self._add(name, patch)
+        return name
+
+    async def replace(self, name: str, file: PatchFile) -> None:
+        """Put another content behind a name, for the requests that come; those in flight keep theirs."""
+        patch = await self._read(file)
+        async with self._models.lora_resolver_lock[name]:
+            self.content(name)
+            with self._metrics["replace"].time():
+                self._models.lora_requests[name] = await self._add(name, patch)
+
+    async def unload(self, name: str, wait: float) -> None:
+        """Forget a name, once no request uses it."""
+        until = time.monotonic() + wait
+        while True:
+            async with self._models.lora_resolver_lock[name]:
+                self.content(name)
+                running = self._in_flight(name)
+                if not running:
+                    del self._models.lora_requests[name]
+                    return
+            if time.monotonic() >= until:
+                raise _RefusalError(409, f"{running} requests use {name}: wait for them with ?wait=SECONDS.")
+            await asyncio.sleep(0.02)
+
+    def prompts(self, body: dict[str, Any]) -> bool:
+        """Give a completion's prompts the template of its patch; whether anything was changed."""
+        name, prompts = body.get("model"), body.get("prompt")
+        if not isinstance(name, str) or name not in self._models.lora_requests or not prompts:
+            return False
+        one = isinstance(prompts, str)
+        texts = [prompts] if one else prompts
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return False
+        try:
+            template = self.content(name).meta.template
+        except _RefusalError:
+            return False
+        if template is None or all(map(template.matches, texts)):
+            return False
+        if not self.settings.template:
+            digest = self.content(name).digest
+            if digest not in self._warned:
+                self._warned.add(digest)
+                logger.warning(
+                    "ksl_patch: a prompt for %s does not match the template that the patch was trained with, "
+                    "which GET /v1/patches/%s shows and --apply-template applies (said once).",
+                    name,
+                    name,
+                )
+            return False
+        texts = [text if template.matches(text) else template.render(text) for text in texts]
+        body["prompt"] = texts[0] if one else texts
+        if template.chat:
+            body["add_special_tokens"] = False
+        return True
+
+    async def _read(self, file: PatchFile) -> Patch:
+        if not self.settings.runtime:
+            raise _RefusalError(
+                403, "patches are fixed on this server: it was started without --allow-runtime-patches."
+            )
+        if (file.path is None) == (file.digest is None):
+            raise _RefusalError(400, "give either the path or the digest of a patch.")
+        try:
+            patch = await asyncio.to_thread(_open, file, self.settings.folders)
+            tokenizer = self._engine.tokenizer
+            own = None if tokenizer is None else await asyncio.to_thread(_vocabulary, tokenizer)
+        except KslPatchError as error:
+            raise _RefusalError(400, str(error)) from error
+        made_with = patch.meta.base.tokenizer_digest
+        if own and made_with and own != made_with:
+            raise _RefusalError(400, f"{patch.meta.name} was made with another vocabulary than this model's.")
+        return patch
+
+    async def _add(self, name: str, patch: Patch) -> LoRARequest:
+        """Load a patch into the engine under an id that no other content ever had."""
+        try:
+            path = await asyncio.to_thread(Store().add, patch)
+            base = self._models.base_model_paths[0].name
+            request = LoRARequest(name, self._models.lora_id_counter.inc(1), str(path), base_model_name=base)
+            await self._engine.add_lora(request)
+        except KslPatchError as error:
+            raise _RefusalError(400, str(error)) from error
+        except Exception as error:
+            if self._engine.errored:
+                raise
+            raise _RefusalError(400, _reason(error)) from error
+        return request
+
+    def _in_flight(self, name: str) -> int:
+        return sum(state.lora_name == name for state in self._engine.output_processor.request_states.values())
+
+    def _count(self, processor: Any) -> None:
+        """Count requests when they come and tokens when they end, by patch, on this server's output processor."""
+        add, finish = processor.add_request, processor._update_stats_from_finished
+
+        @functools.wraps(add)
+        def adding(request: Any, *args: Any, **kwargs: Any) -> Any:
+            if request.lora_request is not None:
+                name = request.lora_request.lora_name
+                self._served[name] = self._served.get(name, 0) + 1
+                self._metrics["requests"].labels(patch=name).inc()
+            return add(request, *args, **kwargs)
+
+        @functools.wraps(finish)
+        def finishing(req_state: Any, *args: Any, **kwargs: Any) -> Any:
+            if req_state.lora_name is not None:
+                self._metrics["prompt"].labels(patch=req_state.lora_name).inc(req_state.prompt_len)
+                tokens = req_state.detokenizer.num_output_tokens() if req_state.detokenizer else 0
+                self._metrics["generation"].labels(patch=req_state.lora_name).inc(tokens)
+            return finish(req_state, *args, **kwargs)
+
+        processor.add_request, processor._update_stats_from_finished = adding, finishing
+
+
+class Prompts:
+    """ASGI middleware: closes vLLM's own adapter routes, and gives completions the patch's template."""
+
+    def __init__(self, app: Any, state: State, guard: bool) -> None:
+        self._app, self._state, self._guard = app, state, guard
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request, or pass it on."""
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif self._guard and path.startswith(_GUARDED):
+            await _error(403, "this server loads adapters through /v1/patches only.")(scope, receive, send)
+        elif path == "/v1/completions" and scope["method"] == "POST" and hasattr(self._state, "ksl_patch"):
+            await self._completion(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _completion(self, scope: Any, receive: Any, send: Any) -> None:
+        messages, body = [], b""
+        while True:
+            message = await receive()
+            messages.append(message)
+            body += message.get("body", b"")
+            if message["type"] != "http.request" or not message.get("more_body") or len(body) > _MAX_BODY:
+                break
+        if not messages[-1].get("more_body"):
+            try:
+                content = json.loads(body)
+            except (ValueError, RecursionError):
+                content = None
+            if isinstance(content, dict) and self._state.ksl_patch.prompts(content):
+                body = json.dumps(content).encode()
+                headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
+                scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+                messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Any:
+            return messages.pop(0) if messages else await receive()
+
+        await self._app(scope, replay, send)
+
+
+@router.get("")
+async def list_patches(request: Request) -> dict[str, Any]:
+    """Every patch with its digest, size and requests served."""
+    patches = _patches(request)
+    return {"object": "list", "data": [patches.describe(name) for name in patches.names()]}
+
+
+@router.get("/{name}")
+async def show_patch(name: str, request: Request) -> dict[str, Any]:
+    """One patch, with the template it was trained with."""
+    return _patches(request).describe(_named(name), full=True)
+
+
+@router.post("", status_code=201)
+async def load_patch(file: NamedPatchFile, request: Request) -> dict[str, Any]:
+    """Serve another patch."""
+    patches = _patches(request)
+    return patches.describe(await patches.load(file, file.name), full=True)
+
+
+@router.put("/{name}")
+async def replace_patch(name: str, file: PatchFile, request: Request) -> dict[str, Any]:
+    """Put another patch behind a name, from the next request on."""
+    patches = _patches(request)
+    await patches.replace(_named(name), file)
+    return patches.describe(name, full=True)
+
+
+@router.delete("/{name}")
+async def unload_patch(name: str, request: Request, wait: float = 0.0) -> dict[str, Any]:
+    """Forget a patch. wait: seconds to give the requests that use it; 409 when some still do then."""
+    patches = _patches(request)
+    if not patches.settings.runtime:
+        raise _RefusalError(403, "patches are fixed on this server: it was started without --allow-runtime-patches.")
+    await patches.unload(_named(name), min(max(wait, 0.0), 600.0))
+    return {"name": name, "unloaded": True}
+
+
+def _patches(request: Request) -> Patches:
+    patches: Patches = request.app.state.ksl_patch
+    return patches
+
+
+def _named(name: str) -> str:
+    try:
+        return check_name(name)
+    except PatchError as error:
+        raise _RefusalError(400, str(error)) from error
+
+
+def _open(file: PatchFile, folders: tuple[str, ...]) -> Patch:
+    if file.digest is not None:
+        return Store().get(file.digest)
+    if "\0" in (file.path or ""):
+        raise RunError("the path has a NUL in it.")
+    return Patch.load(inside(Path(file.path or ""), folders))
+
+
+def _read(path: str) -> _Content:
+    patch = Patch.load(path)
+    return _Content(patch.digest, patch.meta, len(patch.token_ids), patch.nbytes)
+
+
+@functools.cache
+def _vocabulary(tokenizer: Any) -> str:
+    return tokenizer_digest(tokenizer)
+
+
+def _reason(error: Exception) -> str:
+    """The loader's sentence in what vLLM's layers made of it."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = next((line for line in lines if "Error" in line), lines[0])
+    return text.split("Error: ")[-1].split("Error('")[-1].strip(" '\")")
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    kind = {403: "PermissionDeniedError", 404: "NotFoundError", 409: "ConflictError"}.get(status, "BadRequestError")
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+
+
+async def _refuse(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, _RefusalError)
+    return _error(error.status, str(error))
+
+
+@functools.cache
+def _metrics() -> dict[str, Any]:
+    by_patch = {"labelnames": ("patch",)}
+    return {
+        "loaded": Gauge("ksl_patch:patches_loaded", "Patches served by name.", multiprocess_mode="max"),
+        "bank": Gauge("ksl_patch:bank_bytes", "Bytes of the bank on each device.", multiprocess_mode="max"),
+        "requests": Counter("ksl_patch:requests", "Requests by patch.", **by_patch),
+        "prompt": Counter("ksl_patch:prompt_tokens", "Prompt tokens of finished requests by patch.", **by_patch),
+        "generation": Counter("ksl_patch:generation_tokens", "Generated tokens by patch.", **by_patch),
+        "load": Histogram("ksl_patch:load_seconds", "Time to load a patch into the engine.", **_LATENCY),
+        "replace": Histogram("ksl_patch:replace_seconds", "Time to replace a patch in the engine.", **_LATENCY),
+    }
