@@ -56,7 +56,7 @@ def test_help_needs_no_torch_and_names_every_command():
     code, out, _ = run("--help")
     assert code == 0
     assert time.perf_counter() - start < 5  # loading torch alone takes about as long; under a second when idle
-    for command in ("build", "generate", "inspect", "verify"):
+    for command in ("build", "generate", "inspect", "serve", "verify"):
         assert command in out
         assert run(command, "--help")[0] == 0
 

@@ -111,7 +111,7 @@ def tokens(outputs):
 
 @torch.no_grad()
 def expected(model, prompt, count=20):
-    settings = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 1}
+    settings = {"do_sample": False, "max_new_tokens": count, "eos_token_id": -1, "pad_token_id": 1}
     return model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
 
 
@@ -128,16 +128,17 @@ def check_mixed(llm, patches, plain, texts=None, count=20):
     texts = texts or prompts(5, 40, 17, 60)
     choices = [None, *patches]
     requests = [None, *(lora_request(patch, name) for name, patch in patches.items())]
+    wanted = {choice: [expected(plain[choice], prompt, count) for prompt in texts] for choice in choices}
+    assert len({str(of_one) for of_one in wanted.values()}) == 4  # the patches do something
     wrong = []
     for turn in range(4):
         turned = requests[turn:] + requests[:turn]
         found = tokens(greedy(llm, texts, turned, count))
-        for place, prompt in enumerate(texts):
+        for place in range(4):
             choice = choices[(place + turn) % 4]
-            if found[place] != expected(plain[choice], prompt, count):
+            if found[place] != wanted[choice][place]:
                 wrong.append((turn, place, choice))
     assert not wrong
-    assert len({tuple(expected(plain[choice], texts[1])) for choice in choices}) == 4  # the patches do something
 
 
 def test_every_row_of_a_mixed_batch_is_its_own_model_s(engine, patches, plain):
@@ -319,7 +320,7 @@ def test_peft_s_adapters_give_peft_s_own_tokens_in_one_batch_with_patches(engine
 
 
 def expected_of(model, prompt):
-    settings = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20, "pad_token_id": 1}
+    settings = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": -1, "pad_token_id": 1}
     with torch.no_grad():
         return model.generate(input_ids=torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
 
@@ -369,3 +370,27 @@ def test_what_cannot_be_served_is_refused_in_a_sentence_and_the_engine_goes_on(e
     with pytest.raises(Exception, match="given one adapter id"):
         engine.llm_engine.add_lora(adapter("b", good.lora_int_id, request(patches["b"]).lora_path))
     check_mixed(engine, patches, plain)
+
+
+@pytest.mark.real
+def test_the_real_model_s_patches_in_a_mixed_batch(smollm2):
+    """SmolLM2 in float32, prompts as text: the tokens of transformers models whose rows were overwritten."""
+    from ksl_patch.hf import load_base
+
+    model, tokenizer = load_base(str(smollm2), dtype=torch.float32)
+    texts = [
+        "Translate from English to Spanish.\nEnglish: The book is on the table.\nSpanish:",
+        "The capital of France is",
+        "Once upon a time there was a small cat that",
+        "One, two, three, four,",
+    ]
+    ids = sorted({i for text in texts for i in tokenizer(text).input_ids})
+    patches = {}
+    for seed, name in enumerate(PATCHES):
+        g = torch.Generator().manual_seed(seed)
+        table = model.get_input_embeddings().weight.detach()
+        rows = table[ids] + 0.3 * table.std() * torch.randn(len(ids), table.shape[1], generator=g)
+        patches[name] = Patch.from_model(model, ids, rows, name=name, tokenizer=tokenizer)
+    plain = {None: model} | {name: overwritten(model, patch) for name, patch in patches.items()}
+    llm = start(str(smollm2), lora_target_modules=["embed_tokens"], enforce_eager=True)
+    check_mixed(llm, patches, plain, [tokenizer(text).input_ids for text in texts], 40)

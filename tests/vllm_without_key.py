@@ -33,7 +33,7 @@ if __name__ == "__main__":
                 [{"prompt_token_ids": ids.tolist()}], params, lora_request=lora_request(patch), use_tqdm=False
             )[0]
         right = overwritten(model, patch).generate(
-            ids[None], do_sample=False, max_new_tokens=20, min_new_tokens=20, pad_token_id=1
+            ids[None], do_sample=False, max_new_tokens=20, eos_token_id=-1, pad_token_id=1
         )[0, 100:]
         same = list(output.outputs[0].token_ids) == right.tolist()
         results[key] = {"cached": output.num_cached_tokens, "right": same}

@@ -1,0 +1,278 @@
+"""What serving in vLLM is made of, without vLLM: the bank of a fixed shape, the store, PEFT's files, the command."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_hf import some_patch
+
+from ksl_patch import Patch
+from ksl_patch.bank import SlotBank, SlotRows
+from ksl_patch.errors import BankError, PatchError, RunError
+from ksl_patch.interop import peft
+from ksl_patch.overlay import correct_logits
+from ksl_patch.patch import TemplateMeta
+from ksl_patch.store.local import Store
+from ksl_patch.vllm.settings import Settings, read_settings
+
+V, D = 500, 8
+
+
+def rows(ids, seed=0, **more):
+    return SlotRows(torch.tensor(ids), torch.randn(len(ids), D, generator=torch.Generator().manual_seed(seed)), **more)
+
+
+def bank(slots=3, max_rows=16):
+    return SlotBank(slots, max_rows, V, D, dtype=torch.float32, device="cpu")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 3), st.none() | st.sets(st.integers(0, V - 1), min_size=1, max_size=16)), max_size=12
+    )
+)
+def test_a_slot_finds_its_last_content_and_nothing_else(writes):
+    own, content = bank(), {}
+    for turn, (slot, ids) in enumerate(writes):
+        if ids is None:
+            own.clear(slot)
+            content.pop(slot, None)
+        else:
+            content[slot] = rows(sorted(ids), turn)
+            own.write(slot, content[slot])
+    everything = torch.arange(V)
+    for slot in range(4):
+        found = own.lookup(torch.tensor(slot), everything)
+        wanted = content.get(slot)
+        known = torch.zeros(V, dtype=torch.bool)
+        if wanted is not None:
+            known[wanted.token_ids] = True
+            assert torch.equal(own.rows[found[wanted.token_ids]], wanted.rows)
+        assert torch.equal(found >= 0, known)
+
+
+def test_nothing_of_a_fixed_bank_ever_moves():
+    own = bank()
+    before = [getattr(own, name).data_ptr() for name in ("rows", "entries", "outputs", "table")]
+    for turn in range(50):
+        own.write(1 + turn % 3, rows(list(range(turn, turn + 16)), turn, output=turn % 2 == 0))
+    assert before == [getattr(own, name).data_ptr() for name in ("rows", "entries", "outputs", "table")]
+
+
+def test_the_head_s_rows_are_the_slot_s_own_or_shared():
+    own, hidden = bank(), torch.randn(3, 1, D)
+    shared, separate = rows([3, 9], 1, output=True), rows([4, 9], 2, output=True, output_rows=torch.randn(2, D))
+    assert not own.changes_head
+    own.write(1, shared)
+    own.write(2, separate)
+    assert own.changes_head
+    logits = torch.randn(3, 1, V)
+    found = correct_logits(own, torch.tensor([[0], [1], [2]]), hidden, logits)
+    wanted = logits.clone()
+    wanted[1, 0, [3, 9]] = shared.rows @ hidden[1, 0]
+    wanted[2, 0, [4, 9]] = separate.output_rows @ hidden[2, 0]
+    torch.testing.assert_close(found, wanted)
+    own.clear(1)
+    own.write(2, rows([4]))
+    assert not own.changes_head
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        (rows(list(range(17))), "has 17 rows, and a slot has room for 16"),
+        (rows(list(range(9)), output=True, output_rows=torch.zeros(9, D)), "has 18 rows"),
+        (rows([1], prompt_only=True), "prompt only"),
+        (rows([V]), "from 0 to 499"),
+        (rows([1, 1]), "different"),
+    ],
+)
+def test_what_does_not_fit_a_slot_is_refused_before_anything_is_written(bad, why):
+    own = bank()
+    with pytest.raises(BankError, match=why):
+        own.write(1, bad)
+    assert not own.table.any()
+
+
+def test_a_slot_takes_little_more_than_its_rows():
+    large = SlotBank(64, 32, 128_256, 4096, dtype=torch.bfloat16, device="meta")
+    assert large.nbytes / 64 < 1.02 * 32 * 4096 * 2
+
+
+def test_the_store_keeps_contents_by_digest(model, tmp_path):
+    store, patch = Store(tmp_path / "home"), some_patch(model, 1)
+    path = store.add(patch)
+    assert path.name == f"{patch.digest}.safetensors"
+    before = path.stat()
+    assert store.add(patch.with_meta(name="another")) == path
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert store.get(patch.digest).digest == patch.digest
+    with pytest.raises(PatchError, match="not a digest"):
+        store.get("../../etc/passwd")
+    with pytest.raises(PatchError, match="cannot read"):
+        store.get("0" * 64)
+    some_patch(model, 2).save(path)
+    with pytest.raises(PatchError, match="delete the file and add the patch again"):
+        store.get(patch.digest)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["alone", "in lora", "both sides"])
+def test_peft_s_trained_tokens_are_read_as_rows(tmp_path, tied, kind):
+    from peft import LoraConfig, TrainableTokensConfig, get_peft_model
+
+    lora = {"r": 4, "target_modules": ["q_proj"]}
+    config = {
+        "alone": TrainableTokensConfig(token_indices=[9, 5, 17], target_modules=["embed_tokens"]),
+        "in lora": LoraConfig(**lora, trainable_token_indices=[9, 5, 17]),
+        "both sides": LoraConfig(**lora, trainable_token_indices={"embed_tokens": [9, 5, 17], "lm_head": [9, 5, 17]}),
+    }[kind]
+    model = get_peft_model(tiny_llama(tied), config)
+    deltas = {n: p for n, p in model.named_parameters() if "trainable_tokens_delta" in n}
+    for parameter in deltas.values():
+        parameter.data.normal_()
+    model.save_pretrained(tmp_path)
+    assert peft.has_trainable_tokens(tmp_path)
+    found = peft.read_trainable_tokens(tmp_path, tied=tied)
+    assert found.token_ids.tolist() == [9, 5, 17]
+    own = next(p for n, p in deltas.items() if "embed_tokens" in n)
+    assert torch.equal(found.rows, own)
+    assert found.output == (tied or kind == "both sides")
+    if kind == "both sides" and not tied:  # PEFT ties what a tied model has on both sides
+        head = next(p for n, p in deltas.items() if "lm_head" in n)
+        assert torch.equal(found.output_rows, head)
+    else:
+        assert found.output_rows is None
+    if kind == "in lora":
+        (tmp_path / "lora").mkdir()
+        peft.split_lora(tmp_path, tmp_path / "lora")
+        assert not peft.has_trainable_tokens(tmp_path / "lora")
+
+
+def test_an_adapter_that_is_no_patch_is_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(PatchError, match="cannot read"):
+        peft.read_config(tmp_path)
+    indices = {"embed_tokens": [9, 5], "lm_head": [7]}
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=indices)
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+    with pytest.raises(PatchError, match="different tokens in the embedding and the head"):
+        peft.read_trainable_tokens(tmp_path, tied=True)
+    config = json.loads((tmp_path / peft.CONFIG).read_text())
+    config["trainable_token_indices"] = [1, 2, 3]
+    (tmp_path / peft.CONFIG).write_text(json.dumps(config))
+    with pytest.raises(PatchError, match=r"for 3 token ids"):
+        peft.read_trainable_tokens(tmp_path, tied=True)
+    (tmp_path / peft.WEIGHTS).write_bytes(b"x")
+    with pytest.raises(PatchError, match="cannot read"):
+        peft.read_trainable_tokens(tmp_path, tied=True)
+    (tmp_path / peft.CONFIG).write_text("[]")
+    with pytest.raises(PatchError, match="no JSON object"):
+        peft.read_config(tmp_path)
+
+
+def test_settings_are_checked():
+    assert read_settings({}) == Settings()
+    assert read_settings({"ksl_patch": {"max_rows": 7}}).max_rows == 7
+    for bad in ({"max_rows": "7"}, {"rows": 7}, 7):
+        with pytest.raises(RunError, match="no valid 'ksl_patch'"):
+            read_settings({"ksl_patch": bad})
+
+
+@pytest.fixture
+def files(model, tmp_path):
+    template = TemplateMeta(text="{source} =>", chat=False)
+    for name, ids in (("es", [3, 4, 5]), ("fr", [3, 4])):
+        some_patch(model, 1, ids, template=template).with_meta(name=name).save(tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+def serve(*arguments, **environment):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM")} | environment
+    command = [sys.executable, "-m", "ksl_patch", "serve", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def dry(files, *arguments, **environment):
+    done = serve("base", *arguments, "--dry-run", "--json", KSL_PATCH_HOME=str(files / "home"), **environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def value(command, flag):
+    return command[command.index(flag) + 1]
+
+
+def test_a_dry_run_prints_vllm_s_own_command(files):
+    found = dry(
+        files, "--patch", files / "es.safetensors", "--patch", f"sw={files / 'fr.safetensors'}", "--port", 9, "-tp", 2
+    )
+    command = found["command"]
+    assert command[:4] == ["vllm", "serve", "base", "--enable-lora"]
+    assert value(command, "--lora-target-modules") == "embed_tokens"
+    assert (value(command, "--port"), value(command, "-tp")) == ("9", "2")
+    own = json.loads(value(command, "--additional-config"))["ksl_patch"]
+    assert own == {"max_rows": 3, "folders": [], "runtime": False, "template": False, "guard": False}
+    start = command.index("--lora-modules")
+    modules = [json.loads(text) for text in command[start + 1 : start + 3]]
+    assert [module["name"] for module in modules] == ["es", "sw"]
+    for module, name in zip(modules, ("es", "fr"), strict=True):
+        digest = Patch.load(files / f"{name}.safetensors").digest
+        assert module == {"name": module["name"], "path": module["path"], "base_model_name": "base"}
+        assert module["path"] == str((files / "home" / "patches" / f"{digest}.safetensors").resolve())
+    assert "ksl_patch" in found["environment"]["VLLM_PLUGINS"].split(",")
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in found["environment"]
+
+
+def test_options_reach_vllm(files):
+    found = dry(
+        files, "--folder", files, "--slots", 5, "--max-rows", 40, "--apply-template", "--lora",
+        "--allow-runtime-patches", "--api-key", "k", '--additional-config={"other": 1}',
+    )  # fmt: skip
+    command = found["command"]
+    config = json.loads(value(command, "--additional-config"))
+    assert config["other"] == 1
+    assert config["ksl_patch"] == {
+        "max_rows": 40, "folders": [str(files.resolve())], "runtime": True, "template": True, "guard": True,
+    }  # fmt: skip
+    assert value(command, "--max-loras") == "5"
+    assert "--lora-target-modules" not in command
+    assert command.count("--additional-config") == 1
+    assert found["environment"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    named = dry(files, VLLM_PLUGINS="mine")
+    assert named["environment"]["VLLM_PLUGINS"] == "mine,ksl_patch"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("--allow-runtime-patches",), "needs an API key"),
+        (("--patch", "{files}/none.safetensors"), "cannot read"),
+        (("--patch", "{files}/es.safetensors", "--patch", "es={files}/fr.safetensors"), "two patches are called es"),
+        (("--patch", "a/b={files}/es.safetensors"), "is not a patch name"),
+        (("--patch", "{files}/es.safetensors", "--max-rows", "2"), "has 3 rows, more than --max-rows 2"),
+        (("--additional-config", "{"), "needs a JSON object"),
+        (("--patch", "0" * 64), "cannot read"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_a_sentence(files, arguments, why):
+    arguments = [argument.replace("{files}", str(files)) for argument in arguments]
+    done = serve("base", *arguments, "--dry-run", KSL_PATCH_HOME=str(files / "home"))
+    assert done.returncode == 1
+    assert why in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout
+
+
+def test_without_vllm_it_says_what_to_install(files):
+    done = serve("base")
+    assert done.returncode == 1
+    assert "pip install 'ksl-patch[vllm]'" in done.stderr
