@@ -244,6 +244,7 @@ def test_options_reach_vllm(files):
         "max_rows": 40, "folders": [str(files.resolve())], "runtime": True, "template": True, "guard": True,
     }  # fmt: skip
     assert value(command, "--max-loras") == "5"
+    assert value(command, "--api-server-count") == "1"
     assert "--lora-target-modules" not in command
     assert command.count("--additional-config") == 1
     assert found["environment"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
@@ -261,6 +262,7 @@ def test_options_reach_vllm(files):
         (("--patch", "{files}/es.safetensors", "--max-rows", "2"), "has 3 rows, more than --max-rows 2"),
         (("--additional-config", "{"), "needs a JSON object"),
         (("--patch", "0" * 64), "cannot read"),
+        (("--folder", "{files}", "--api-server-count", "2"), "belong to one API server"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_a_sentence(files, arguments, why):

@@ -76,6 +76,8 @@ def serve(
     flags = list(ctx.args)
     if allow_runtime_patches and not ("--api-key" in flags or os.environ.get("VLLM_API_KEY")):
         raise RunError("--allow-runtime-patches needs an API key: give --api-key KEY, or set VLLM_API_KEY.")
+    if (folders or allow_runtime_patches) and _api_servers(flags) not in (None, "1"):
+        raise RunError("names that change while serving belong to one API server: leave --api-server-count out.")
     served = _read(patches)
     most = max((count for *_, count in served), default=0)
     if max_rows is not None and most > max_rows:
@@ -96,6 +98,8 @@ def serve(
     command = ["vllm", "serve", base, "--enable-lora", "--max-loras", str(slots)]
     command += ["--max-cpu-loras", str(max(slots, _CACHED))]
     command += [] if lora else ["--lora-target-modules", "embed_tokens"]
+    if (folders or allow_runtime_patches) and _api_servers(flags) is None:
+        command += ["--api-server-count", "1"]
     command += ["--additional-config", json.dumps(given)]
     command += ["--lora-modules", *modules] if modules else []
     command += flags
@@ -148,6 +152,14 @@ def _read(patches: tuple[str, ...]) -> list[tuple[str, str, Patch | None, int]]:
             raise RunError(f"two patches are called {entry[0]}: give one another name, as in --patch NAME=PATH.")
         served.append(entry)
     return served
+
+
+def _api_servers(flags: list[str]) -> str | None:
+    for index, flag in enumerate(flags):
+        name, found, value = flag.partition("=")
+        if name in ("--api-server-count", "-asc"):
+            return value if found else "".join(flags[index + 1 : index + 2])
+    return None
 
 
 def _take_additional_config(flags: list[str]) -> tuple[list[str], dict[str, Any]]:

@@ -46,7 +46,7 @@ def incompatibility() -> str | None:
 
 def _touched() -> list[tuple[str, bool]]:
     """Every name of vLLM that is touched or relied on beyond its official hooks, and whether it is as expected."""
-    from vllm.lora import layers, utils, worker_manager
+    from vllm.lora import layers, model_manager, utils, worker_manager
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.punica_wrapper import PunicaWrapperBase, punica_cpu
     from vllm.lora.request import LoRARequest
@@ -64,6 +64,7 @@ def _touched() -> list[tuple[str, bool]]:
         ("vllm.lora.utils._all_lora_classes", embedding in getattr(utils, "_all_lora_classes", ())),
         ("WorkerLoRAManager._load_adapter", takes(worker_manager.WorkerLoRAManager._load_adapter, "lora_request")),
         ("LRUCacheWorkerLoRAManager.add_adapter", takes(cached.add_adapter, "lora_request")),
+        ("LRUCacheLoRAModelManager", takes(model_manager.LRUCacheLoRAModelManager.activate_adapter, "lora_id")),
         ("VocabParallelEmbeddingWithLoRA.set_lora", takes(embedding.set_lora, "index", "lora_a", "lora_b")),
         ("LoRAModel", takes(LoRAModel.__init__, "lora_model_id", "rank", "loras")),
         ("LoRARequest", takes(LoRARequest, "lora_name", "lora_int_id", "lora_path", "load_inplace")),
@@ -98,14 +99,21 @@ def _touch() -> None:
     @functools.wraps(stock_add)
     def add(self: Any, lora_request: LoRARequest) -> Any:
         paths = self.__dict__.setdefault("ksl_patch_paths", {})
-        number, path = lora_request.lora_int_id, lora_request.lora_path
-        if number in self.list_adapters() and paths.get(number, path) != path:
+        number, path, manager = lora_request.lora_int_id, lora_request.lora_path, self._adapter_manager
+        # Called for every adapter of a batch in every step: what is loaded is used without vLLM's list of all.
+        loaded = manager.get_adapter(number) is not None
+        if loaded and paths.get(number) == path and not lora_request.load_inplace:
+            manager.activate_adapter(number)
+            return True
+        if loaded and paths.get(number, path) != path:
             if not lora_request.load_inplace:
                 raise ValueError(f"{path} and {paths[number]} were given one adapter id, {number}.")
             if Path(path).is_file() or Path(paths[number]).is_file():
                 raise ValueError("a patch is not changed in place, where requests in flight would see it: replace it.")
         added = stock_add(self, lora_request)
         paths[number] = path
+        if len(paths) > 2 * len(manager) + 64:
+            self.ksl_patch_paths = {known: paths[known] for known in self.list_adapters() if known in paths}
         return added
 
     worker_manager.LRUCacheWorkerLoRAManager.add_adapter = add
