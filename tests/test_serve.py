@@ -29,7 +29,7 @@ PLAIN = TemplateMeta(text="English: {source}\nSpanish:", chat=False)
 class Server:
     """A server in a process of its own."""
 
-    def __init__(self, base, log, *flags, home):
+    def __init__(self, base, log, *flags, home, **environment):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -38,7 +38,11 @@ class Server:
         command += ["--dtype", "float32", "--max-model-len", "160", "--enforce-eager", "--block-size", "32", *flags]
         settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "KSL_PATCH_HOME": str(home), "VLLM_NO_USAGE_STATS": "1"}
         self.process = subprocess.Popen(
-            command, env=os.environ | settings, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=os.environ | settings | environment,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     def wait(self):
@@ -317,6 +321,24 @@ def test_two_hundred_requests_over_fifty_patches_while_they_come_and_go(server, 
             assert server.http("DELETE", f"/v1/patches/{name}?wait=30").status_code == 200
     left = server.http("GET", "/v1/patches").json()["data"]
     assert not [entry for entry in left if entry["in_flight"] or entry["name"].startswith(("n", "moving"))]
+
+
+def test_two_data_parallel_engines(base, folder, home, tmp_path, expected):
+    flags = ["--patch", f"es={folder / 'p0.safetensors'}", "--data-parallel-size", "2", "--folder", str(folder)]
+    flags += ["--allow-runtime-patches", "--api-key", KEY]
+    server = Server(base, tmp_path / "server.log", *flags, home=home, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    try:
+        server.wait()
+        assert server.http("POST", "/v1/patches", {"name": "new", "path": "p2.safetensors"}).status_code == 201
+        numbers = {"es": 0, "new": 2, "p3": 3, base: None}
+        names = list(numbers) * 8
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda name: server.tokens(name, TEXT), names))
+        assert found == [expected(numbers[name], TEXT) for name in names]
+        engines = set(re.findall(r'vllm:request_success_total\{engine="(\d)"', server.http("GET", "/metrics").text))
+        assert engines == {"0", "1"}
+    finally:
+        server.stop()
 
 
 def metric(text, name, label=""):

@@ -11,7 +11,7 @@ import click
 from ksl_patch import __version__
 from ksl_patch.errors import KslPatchError
 
-_COMMANDS = ("build", "generate", "inspect", "serve", "verify")
+_COMMANDS = ("add", "build", "gc", "generate", "inspect", "list", "path", "remove", "serve", "verify")
 
 
 class _LazyGroup(click.Group):
@@ -21,7 +21,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        command: click.Command = getattr(import_module(f"ksl_patch.cli.{name}"), name)
+        module = vars(import_module(f"ksl_patch.cli.{name}"))
+        command: click.Command = module[f"{name}_" if name == "list" else name]  # a builtin's name
         return command
 
 

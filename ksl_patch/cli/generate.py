@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
@@ -18,7 +17,8 @@ _BASE = "base"
     "patches",
     multiple=True,
     metavar="P",
-    help="Patch for the prompt in the same place, or the word base. One patch serves them all.",
+    help="Patch for the prompt in the same place: a file, or a name or digest of the local store, or the word base. "
+    "One patch serves them all.",
 )
 @click.option(
     "--prompt", "prompts", multiple=True, required=True, metavar="T", help="Prompt; give it several times for a batch."
@@ -43,9 +43,9 @@ def generate(
 
     from ksl_patch.hf import generate as run
     from ksl_patch.hf import load_base, prompt_ids
-    from ksl_patch.patch import Patch
+    from ksl_patch.store.local import load
 
-    loaded = {choice: Patch.load(Path(choice)) for choice in dict.fromkeys(choices) if choice != _BASE}
+    loaded = {choice: load(choice) for choice in dict.fromkeys(choices) if choice != _BASE}
     model, tokenizer = load_base(base, revision=revision, device=device)
     for patch in loaded.values():
         patch.check(model, tokenizer)

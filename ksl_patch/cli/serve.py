@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ksl_patch.errors import RunError
 from ksl_patch.patch import Patch, check_name
-from ksl_patch.store.local import Store
+from ksl_patch.store.local import Store, load
 from ksl_patch.vllm.plugin import SUPPORTED
 from ksl_patch.vllm.settings import KEY, read_settings
 
@@ -32,8 +32,8 @@ _ROWS = 64
     "patches",
     metavar="[NAME=]PATH",
     multiple=True,
-    help="Serve a patch file (or a digest of the local store, or a folder with a PEFT TrainableTokens adapter) "
-    "under a name, by default its own. Repeat for more.",
+    help="Serve a patch file (or a name or digest of the local store, or a folder with a PEFT TrainableTokens "
+    "adapter) under a name, by default its own. Repeat for more.",
 )
 @click.option(
     "--folder",
@@ -144,8 +144,7 @@ def _read(patches: tuple[str, ...]) -> list[tuple[str, str, Patch | None, int]]:
             ids = peft.read_trainable_tokens(Path(reference), tied=False).token_ids
             entry = (name or Path(reference).name, str(Path(reference).resolve()), None, 2 * len(ids))
         else:
-            is_digest = len(reference) == 64 and not Path(reference).exists()
-            patch = store.get(reference) if is_digest else Patch.load(reference)
+            patch = load(reference)
             count = len(patch.token_ids) * (1 if patch.output_rows is None else 2)
             entry = (name or patch.meta.name, str(store.add(patch).resolve()), patch, count)
         if check_name(entry[0]) in [other for other, *_ in served]:

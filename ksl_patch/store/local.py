@@ -1,17 +1,29 @@
-"""The local store: patch files by the digest of their content."""
+"""The local store: patch files by the digest of their content, and names for some of them.
+
+    ROOT/patches/DIGEST.safetensors    a patch; never changes
+    ROOT/names/NAME                    the digest that a name stands for
+    ROOT/lock, ROOT/in-use             held while something changes; held, shared, by who reads contents later
+
+Every file is written beside its place and renamed into it: a crash leaves the old state or the new one.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
 from ksl_patch.errors import PatchError
-from ksl_patch.patch import Patch
+from ksl_patch.patch import Patch, check_name, write_atomically
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_SUFFIX = ".safetensors"
 
 
 def default_root() -> Path:
@@ -20,33 +32,178 @@ def default_root() -> Path:
     return Path(home) if home else user_cache_path("ksl_patch")
 
 
+def is_digest(text: str) -> bool:
+    """Whether a text is the digest of a patch: 64 digits of 0-9 and a-f."""
+    return bool(_DIGEST.fullmatch(text))
+
+
+def load(reference: str) -> Patch:
+    """The patch of a reference: a file's path, a digest, or a name of the local store. Raises PatchError."""
+    if is_digest(reference) and not Path(reference).exists():
+        return Store().get(reference)
+    looks_like_path = os.sep in reference or reference.endswith(_SUFFIX) or Path(reference).exists()
+    store = Store()
+    if not looks_like_path and store.digest(reference) is not None:
+        return store.get(reference)
+    return Patch.load(reference)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A content of the store and its names."""
+
+    digest: str
+    names: tuple[str, ...]
+    nbytes: int
+
+
 class Store:
-    """A folder of patch files, each under the digest of what it does. A file in it never changes."""
+    """A folder of patch files. Several processes may use it at once."""
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or default_root()
 
     def path(self, digest: str) -> Path:
         """Where the patch of a digest is, or would be. Raises PatchError for what is not a digest."""
-        if not _DIGEST.fullmatch(digest):
+        if not is_digest(digest):
             raise PatchError(f"{digest[:80]!r} is not a digest: it has 64 digits of 0-9 and a-f.")
-        return self.root / "patches" / f"{digest}.safetensors"
+        return self.root / "patches" / f"{digest}{_SUFFIX}"
 
-    def add(self, patch: Patch) -> Path:
-        """Put a patch into the store, unless it is there, and return its file. Raises PatchError."""
+    def add(self, patch: Patch, name: str | None = None) -> Path:
+        """Put a patch into the store, unless it is there, and return its file.
+
+        name: a name for it, which another content may have had. Raises PatchError.
+        """
         path = self.path(patch.digest)
-        if not path.is_file():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise PatchError(f"cannot make {path.parent}: {error.strerror or error}.") from error
-            patch.save(path)
+        with self._changing():
+            if not path.is_file():
+                patch.save(path)
+            if name is not None:
+                self._write_name(check_name(name), patch.digest)
         return path
 
-    def get(self, digest: str) -> Patch:
-        """The patch of a digest. Raises PatchError when it is not there, or is not what its name says."""
+    def get(self, reference: str) -> Patch:
+        """The patch of a digest or a name. Raises PatchError when it is not there, or is not what its name says."""
+        digest = reference if is_digest(reference) else self.digest(reference)
+        if digest is None:
+            raise PatchError(f"the store has no patch named {reference[:96]!r}: `ksl-patch list` shows what it has.")
         path = self.path(digest)
+        if not path.is_file():
+            raise PatchError(f"the store has no patch {digest}: add it again.")
         patch = Patch.load(path)
         if patch.digest != digest:
             raise PatchError(f"{path} holds {patch.digest}: delete the file and add the patch again.")
         return patch
+
+    def digest(self, name: str) -> str | None:
+        """The digest that a name stands for, or None. Raises PatchError for a damaged name."""
+        path = self.root / "names" / check_name(name)
+        try:
+            text = path.read_text().strip()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise PatchError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
+        if not is_digest(text):
+            raise PatchError(f"{path} holds no digest: delete the file and add the patch again.")
+        return text
+
+    def names(self) -> dict[str, str]:
+        """Every name and its digest."""
+        found = sorted(entry.name for entry in _files(self.root / "names"))
+        return {name: digest for name in found if (digest := self.digest(name)) is not None}
+
+    def entries(self) -> list[Entry]:
+        """Every content, those with names first."""
+        by_digest: dict[str, list[str]] = {}
+        for name, digest in self.names().items():
+            by_digest.setdefault(digest, []).append(name)
+        files = {file.stem: file for file in _files(self.root / "patches") if is_digest(file.stem)}
+        entries = [Entry(d, tuple(by_digest.get(d, ())), file.stat().st_size) for d, file in files.items()]
+        return sorted(entries, key=lambda entry: (not entry.names, entry.names, entry.digest))
+
+    def remove(self, name: str) -> str:
+        """Forget a name; what it stood for stays until `gc`. Returns the digest. Raises PatchError."""
+        with self._changing():
+            digest = self.digest(name)
+            if digest is None:
+                raise PatchError(f"the store has no patch named {name!r}: `ksl-patch list` shows what it has.")
+            (self.root / "names" / name).unlink(missing_ok=True)
+        return digest
+
+    def gc(self, *, dry_run: bool = False) -> list[Entry]:
+        """Delete the contents that have no name, and what a crash left over; returns the contents.
+
+        Raises PatchError while a server reads from the store.
+        """
+        with self._changing(), self._alone(dry_run):
+            unnamed = [entry for entry in self.entries() if not entry.names]
+            if not dry_run:
+                for entry in unnamed:
+                    self.path(entry.digest).unlink(missing_ok=True)
+                for folder in ("patches", "names"):
+                    for file in _files(self.root / folder, hidden=True):
+                        file.unlink(missing_ok=True)
+        return unnamed
+
+    def hold(self) -> None:
+        """Keep every content from `gc` for as long as this process lives."""
+        if self.root not in _held:
+            self._make(self.root)
+            handle = _open(self.root / "in-use")
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            _held[self.root] = handle
+
+    @contextmanager
+    def _alone(self, dry_run: bool) -> Iterator[None]:
+        handle = _open(self.root / "in-use")
+        try:
+            if not dry_run:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise PatchError(f"a server reads patches from {self.root}: stop it first.") from error
+        finally:
+            os.close(handle)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        for folder in (self.root / "patches", self.root / "names"):
+            self._make(folder)
+        handle = _open(self.root / "lock")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def _write_name(self, name: str, digest: str) -> None:
+        path = self.root / "names" / name
+        try:
+            write_atomically(path, f"{digest}\n".encode())
+        except OSError as error:
+            raise PatchError(f"cannot write {path}: {error.strerror or error}.") from error
+
+    @staticmethod
+    def _make(folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PatchError(f"cannot make {folder}: {error.strerror or error}.") from error
+
+
+_held: dict[Path, int] = {}
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise PatchError(f"cannot open {path}: {error.strerror or error}.") from error
+
+
+def _files(folder: Path, *, hidden: bool = False) -> list[Path]:
+    """The files of a folder; hidden ones are those that a write has not finished."""
+    if not folder.is_dir():
+        return []
+    return [file for file in folder.iterdir() if file.name.startswith(".") == hidden and file.is_file()]

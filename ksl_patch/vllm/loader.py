@@ -21,6 +21,7 @@ from ksl_patch.errors import BankError, KslPatchError, PatchError
 from ksl_patch.hf import slot_rows
 from ksl_patch.interop import peft
 from ksl_patch.patch import Patch
+from ksl_patch.store.local import Store
 from ksl_patch.vllm.layer import PatchedEmbedding, correct_head, pack
 
 
@@ -54,6 +55,9 @@ def load_adapter(manager: Any, stock: Callable[[Any, LoRARequest], LoRAModel], r
     try:
         if path.is_file():
             patch = Patch.load(path)
+            store = Store()
+            if path.is_relative_to(store.root.resolve()):
+                store.hold()  # an adapter that vLLM has put aside is read again
             name, layer = _only(layers)
             _check(patch, layer)
             return _adapter(manager, request, {}, name, layer, slot_rows(patch))

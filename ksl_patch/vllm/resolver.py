@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from pathlib import Path
 
 from vllm.lora.request import LoRARequest
@@ -12,10 +11,9 @@ from vllm.lora.resolver import LoRAResolver
 
 from ksl_patch.errors import PatchError
 from ksl_patch.patch import Patch, check_name
-from ksl_patch.store.local import Store
+from ksl_patch.store.local import Store, is_digest
 
 logger = logging.getLogger("vllm.ksl_patch")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def inside(path: Path, folders: tuple[str, ...]) -> Path:
@@ -46,7 +44,7 @@ class PatchResolver(LoRAResolver):  # type: ignore[misc]
     def _find(self, name: str) -> Path:
         check_name(name)
         store = Store()
-        if _DIGEST.fullmatch(name):
+        if is_digest(name):
             store.get(name)
             return store.path(name)
         return store.add(Patch.load(inside(Path(f"{name}.safetensors"), self._folders)))

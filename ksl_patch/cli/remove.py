@@ -1,0 +1,19 @@
+"""`ksl-patch remove`: forget a name of the local store."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command()
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each.")
+def remove(names: tuple[str, ...], as_json: bool) -> None:
+    """Forget names of the local store; `ksl-patch gc` deletes what has no name left."""
+    from ksl_patch.store.local import Store
+
+    for name in names:
+        digest = Store().remove(name)
+        click.echo(json.dumps({"name": name, "digest": digest}) if as_json else f"{name}: forgotten ({digest[:12]})")
