@@ -222,6 +222,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """The values of a tensor in row-major order, as stored."""
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The values of a tensor in row-major order, as stored; not copied where they are so already."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data

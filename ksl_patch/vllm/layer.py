@@ -86,13 +86,16 @@ class PatchedEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]
         """vLLM's index of an adapter, -1 for none, as a slot. Padding holds anything and may not point outside."""
         return indices.clamp(-1, self.slots - 1) + 1
 
-    def base_rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which of token_ids int64 [k] are on this rank, bool [k], and the base's rows of those."""
+    def on_this_rank(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Which of token_ids int64 [k] are in this rank's part of the table, bool [k]."""
         shard = self.base_layer.shard_indices
-        start, end = shard.org_vocab_start_index, shard.org_vocab_end_index
-        mine = (token_ids >= start) & (token_ids < end)
-        local = (token_ids[mine] - start).to(self.bank.rows.device)
-        return mine, self.base_layer.quant_method.embedding(self.base_layer, local)
+        start, end = int(shard.org_vocab_start_index), int(shard.org_vocab_end_index)
+        return (token_ids >= start) & (token_ids < end)
+
+    def base_rows(self, token_ids: torch.Tensor) -> Any:
+        """The base's rows [k, d] of token_ids int64 [k] that are on this rank."""
+        local = (token_ids - self.base_layer.shard_indices.org_vocab_start_index).to(self.bank.rows.device)
+        return self.base_layer.quant_method.embedding(self.base_layer, local)
 
 
 def correct_head(model: nn.Module, layer: PatchedEmbedding) -> None:

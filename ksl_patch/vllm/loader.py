@@ -41,8 +41,8 @@ class _Table:
         ):
             object.__setattr__(self, name, value)
 
-    def rows(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return self.layer.base_rows(token_ids)[1]
+    def rows(self, token_ids: torch.Tensor) -> Any:
+        return self.layer.base_rows(token_ids)
 
 
 def load_adapter(manager: Any, stock: Callable[[Any, LoRARequest], LoRAModel], request: LoRARequest) -> LoRAModel:
@@ -98,7 +98,7 @@ def _check(patch: Patch, layer: PatchedEmbedding) -> None:
             "after a preemption were the prompt's: serve it with `ksl_patch.attach`."
         )
     table: Any = _Table(layer)
-    mine, _ = layer.base_rows(patch.token_ids.clamp(0, table.vocab_size - 1))
+    mine = layer.on_this_rank(patch.token_ids)
     check_base(patch.meta.base, patch.token_ids[mine], patch.base_rows[mine], table)
 
 
