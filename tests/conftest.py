@@ -1,7 +1,11 @@
 """Small real things: a tiny Llama with a trained tokenizer, sentence pairs in files, and the real SmolLM2."""
 
+import io
 import json
+import logging
 import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +15,8 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ksl_patch.cli import main
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -26,6 +32,20 @@ PAIRS = [
     for b in NOUNS
     if a != b
 ]
+
+
+def run_cli(*arguments):
+    """The command line in this process: exit code, standard output, standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["ksl-patch", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            logging.disable(logging.NOTSET)
+    return code or 0, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="session", autouse=True)

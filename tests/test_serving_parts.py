@@ -2,12 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import run_cli, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hf import some_patch
@@ -170,23 +168,20 @@ def test_settings_are_checked():
 
 
 @pytest.fixture
-def files(model, tmp_path):
+def files(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("KSL_PATCH_HOME", str(tmp_path / "home"))
+    for name in [name for name in os.environ if name.startswith("VLLM")]:
+        monkeypatch.delenv(name)
     template = TemplateMeta(text="{source} =>", chat=False)
     for name, ids in (("es", [3, 4, 5]), ("fr", [3, 4])):
         some_patch(model, 1, ids, template=template).with_meta(name=name).save(tmp_path / f"{name}.safetensors")
     return tmp_path
 
 
-def serve(*arguments, **environment):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM")} | environment
-    command = [sys.executable, "-m", "ksl_patch", "serve", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def dry(files, *arguments, **environment):
-    done = serve("base", *arguments, "--dry-run", "--json", KSL_PATCH_HOME=str(files / "home"), **environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def dry(*arguments):
+    code, out, err = run_cli("serve", "base", *arguments, "--dry-run", "--json")
+    assert code == 0, err
+    return json.loads(out)
 
 
 def value(command, flag):
@@ -214,9 +209,9 @@ def test_a_dry_run_prints_vllm_s_own_command(files):
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in found["environment"]
 
 
-def test_options_reach_vllm(files):
+def test_options_reach_vllm(files, monkeypatch):
     found = dry(
-        files, "--folder", files, "--slots", 5, "--max-rows", 40, "--apply-template", "--lora",
+        "--folder", files, "--slots", 5, "--max-rows", 40, "--apply-template", "--lora",
         "--allow-runtime-patches", "--api-key", "k", '--additional-config={"other": 1}',
     )  # fmt: skip
     command = found["command"]
@@ -230,7 +225,8 @@ def test_options_reach_vllm(files):
     assert "--lora-target-modules" not in command
     assert command.count("--additional-config") == 1
     assert found["environment"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
-    named = dry(files, VLLM_PLUGINS="mine")
+    monkeypatch.setenv("VLLM_PLUGINS", "mine")
+    named = dry()
     assert named["environment"]["VLLM_PLUGINS"] == "mine,ksl_patch"
 
 
@@ -249,14 +245,13 @@ def test_options_reach_vllm(files):
 )
 def test_what_cannot_be_served_is_said_in_a_sentence(files, arguments, why):
     arguments = [argument.replace("{files}", str(files)) for argument in arguments]
-    done = serve("base", *arguments, "--dry-run", KSL_PATCH_HOME=str(files / "home"))
-    assert done.returncode == 1
-    assert why in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert not done.stdout
+    code, out, err = run_cli("serve", "base", *arguments, "--dry-run")
+    assert (code, out) == (1, "")
+    assert why in err
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_without_vllm_it_says_what_to_install(files):
-    done = serve("base")
-    assert done.returncode == 1
-    assert "pip install 'ksl-patch[vllm]'" in done.stderr
+    code, _, err = run_cli("serve", "base")
+    assert code == 1
+    assert "pip install 'ksl-patch[vllm]'" in err

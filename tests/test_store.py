@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import run_cli, tiny_llama
 from test_hf import some_patch
 
 from ksl_patch import Patch
@@ -27,11 +27,6 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def store(home):
     return Store()
-
-
-def run(*arguments):
-    done = subprocess.run([sys.executable, "-m", "ksl_patch", *map(str, arguments)], capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
 
 
 def test_contents_are_kept_by_digest(model, store):
@@ -177,27 +172,27 @@ def test_the_store_that_cannot_be_written_is_named(tmp_path, model):
 def test_the_commands(model, home, tmp_path):
     for name, seed in (("es", 1), ("fr", 2)):
         some_patch(model, seed).with_meta(name=name, language=name).save(tmp_path / f"{name}.safetensors")
-    code, out, _ = run("add", tmp_path / "es.safetensors", tmp_path / "fr.safetensors", "--json")
+    code, out, _ = run_cli("add", tmp_path / "es.safetensors", tmp_path / "fr.safetensors", "--json")
     added = [json.loads(line) for line in out.splitlines()]
     assert (code, [entry["name"] for entry in added]) == (0, ["es", "fr"])
-    code, out, _ = run("list", "--json")
+    code, out, _ = run_cli("list", "--json")
     listed = [json.loads(line) for line in out.splitlines()]
     assert [(e["names"], e["language"], e["digest"]) for e in listed] == [
         (["es"], "es", added[0]["digest"]), (["fr"], "fr", added[1]["digest"]),
     ]  # fmt: skip
-    code, out, _ = run("path", "es")
+    code, out, _ = run_cli("path", "es")
     assert Patch.load(out.strip()).digest == added[0]["digest"]
-    assert "es" in run("list")[1]
-    assert run("remove", "es")[0] == 0
-    code, out, _ = run("gc", "--json")
+    assert "es" in run_cli("list")[1]
+    assert run_cli("remove", "es")[0] == 0
+    code, out, _ = run_cli("gc", "--json")
     assert json.loads(out)["deleted"] == [added[0]["digest"]]
     for arguments in (("path", "es"), ("remove", "es"), ("add", tmp_path / "none"), ("path", "../x")):
-        code, out, err = run(*arguments)
+        code, out, err = run_cli(*arguments)
         assert (code, out) == (1, "")
         assert len(err.strip().splitlines()) == 1
     file = Store().path(added[1]["digest"])
     file.write_bytes(file.read_bytes()[:-5] + b"12345")
-    damaged = json.loads(run("list", "--json")[1])
+    damaged = json.loads(run_cli("list", "--json")[1])
     assert added[1]["digest"] in damaged["damaged"]
 
 

@@ -11,7 +11,9 @@ import click
 from ksl_patch import __version__
 from ksl_patch.errors import KslPatchError
 
-_COMMANDS = ("add", "build", "gc", "generate", "inspect", "list", "path", "remove", "serve", "verify")
+_COMMANDS = (
+    "add", "build", "export", "gc", "generate", "import", "inspect", "list", "path", "remove", "serve", "verify",
+)  # fmt: skip
 
 
 class _LazyGroup(click.Group):
@@ -21,8 +23,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        module = vars(import_module(f"ksl_patch.cli.{name}"))
-        command: click.Command = module[f"{name}_" if name == "list" else name]  # a builtin's name
+        own = f"{name}_" if name in ("import", "list") else name  # Python's own names
+        command: click.Command = getattr(import_module(f"ksl_patch.cli.{own}"), own)
         return command
 
 

@@ -1,8 +1,9 @@
-"""PEFT's TrainableTokens adapters, alone or inside a LoRA adapter, as rows of a table."""
+"""PEFT's adapters: TrainableTokens, alone or inside a LoRA, to patches and back; patches to LoRA of the embedding."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,32 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ksl_patch.bank import SlotRows
+from ksl_patch.base import find_embedding
 from ksl_patch.errors import PatchError
+from ksl_patch.patch import Patch, Side, timestamp
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _DELTA = ".trainable_tokens_delta"
 _HEAD = "lm_head"
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM
+
+
+@dataclass(frozen=True)
+class ModuleNames:
+    """Where a model has its embedding and its head, such as "model.embed_tokens" and "lm_head"."""
+
+    embedding: str
+    head: str | None
+
+
+def module_names(model: Any) -> ModuleNames:
+    """The names in a model. Raises PatchError."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    if id(embedding) not in names:
+        raise PatchError(f"{type(model).__name__} has no input embedding of its own.")
+    return ModuleNames(names[id(embedding)], names.get(id(head)))
 
 
 def has_trainable_tokens(folder: Path) -> bool:
@@ -67,12 +88,104 @@ def read_trainable_tokens(folder: Path, *, tied: bool) -> SlotRows:
     return SlotRows(torch.tensor(ids), own, output=head is not None, output_rows=head)
 
 
+def import_adapter(
+    folder: Path,
+    model: Any,
+    *,
+    name: str,
+    tokenizer: Any = None,
+    language: str | None = None,
+    licence: str | None = None,
+) -> tuple[Patch, bool]:
+    """The trained tokens of an adapter as a patch, and whether the adapter has more, which is left out.
+
+    model: the base. The rows are rounded to its dtype, as PEFT does when it puts them into the table.
+    Raises PatchError, BaseMismatchError.
+    """
+    table = find_embedding(model)
+    rows = read_trainable_tokens(folder, tied=table.tied)
+    if rows.output and not table.tied:
+        raise PatchError(f"{folder} changes the head of a base whose head is not tied, which a patch cannot.")
+    more = read_config(folder).get("peft_type") != "TRAINABLE_TOKENS"
+    side: Side = "input+output" if rows.output else "input"
+    patch = Patch.from_model(
+        model, rows.token_ids, rows.rows, name=name, language=language, tokenizer=tokenizer, side=side,
+        output_rows=rows.output_rows, licence=licence, created=timestamp(),
+    )  # fmt: skip
+    return patch, more
+
+
+def export_trainable_tokens(patch: Patch, folder: Path, names: ModuleNames) -> None:
+    """Write a patch as a TrainableTokens adapter, which PEFT loads with the same result.
+
+    PEFT changes a tied head with the embedding, so a patch of side "input" of a tied base is refused, as are head's
+    rows of their own and scope "prompt". Raises PatchError.
+    """
+    from peft import TrainableTokensConfig
+
+    _exportable(patch)
+    tied, output = patch.meta.base.tied, patch.meta.side == "input+output"
+    if tied and not output:
+        raise PatchError("PEFT's TrainableTokens would change the tied head too: export the patch as a LoRA.")
+    if patch.output_rows is not None:
+        raise PatchError("the patch has rows of their own for the head, which TrainableTokens cannot hold.")
+    target = names.embedding.rpartition(".")[2]
+    config = TrainableTokensConfig(
+        token_indices=patch.token_ids.tolist(), target_modules=[target], task_type="CAUSAL_LM",
+        base_model_name_or_path=patch.meta.base.model_id, inference_mode=True,
+    )  # fmt: skip
+    modules = [names.embedding, *([names.head] if output and names.head else [])]
+    tensors = {f"base_model.model.{module}{_DELTA}": patch.rows.clone() for module in modules}
+    _write(config, tensors, folder)
+
+
+def export_lora(patch: Patch, folder: Path, names: ModuleNames) -> None:
+    """Write a patch as a LoRA of the embedding, which PEFT and vLLM without this package serve.
+
+    A is [r, V] with a one for each token, B [d, r] holds the differences in float32. base + difference gives the row
+    up to a rounding in the base's dtype. r is the next of the ranks that vLLM knows. Raises PatchError.
+    """
+    from peft import LoraConfig
+
+    _exportable(patch)
+    if patch.meta.side != "input":
+        raise PatchError("the patch changes the head too, which a LoRA of the embedding cannot: see TrainableTokens.")
+    k, (V, d) = len(patch.token_ids), (patch.meta.base.vocab_size, patch.meta.base.hidden_size)
+    rank = next((rank for rank in _RANKS if rank >= k), None)
+    if rank is None:
+        raise PatchError(f"the patch has {k} rows, and vLLM's LoRA at most {_RANKS[-1]}.")
+    A, B = torch.zeros(rank, V), torch.zeros(d, rank)
+    A[torch.arange(k), patch.token_ids] = 1
+    B[:, :k] = (patch.rows.double() - patch.base_rows.double()).T.float()
+    target = names.embedding.rpartition(".")[2]
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=[target], task_type="CAUSAL_LM",
+        base_model_name_or_path=patch.meta.base.model_id, inference_mode=True,
+    )  # fmt: skip
+    key = f"base_model.model.{names.embedding}.lora_embedding_"
+    _write(config, {f"{key}A": A, f"{key}B": B}, folder)
+
+
 def split_lora(folder: Path, into: Path) -> None:
     """Write the LoRA part of an adapter that also has trained tokens into a folder of its own."""
     config = read_config(folder) | {"trainable_token_indices": None}
     tensors = {key: tensor for key, tensor in _read(folder).items() if not key.endswith(_DELTA)}
     (into / CONFIG).write_text(json.dumps(config))
     safetensors.torch.save_file(tensors, into / WEIGHTS)
+
+
+def _exportable(patch: Patch) -> None:
+    if patch.meta.scope != "all":
+        raise PatchError("the patch acts on the prompt only, which an adapter cannot.")
+
+
+def _write(config: Any, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(folder)
+        safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    except OSError as error:
+        raise PatchError(f"cannot write {folder}: {error.strerror or error}.") from error
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:
