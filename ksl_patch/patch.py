@@ -283,12 +283,13 @@ class Patch:
         except (OSError, ValueError) as error:
             raise PatchError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
         try:
-            return cls._from_bytes(content)
+            return cls.from_bytes(content)
         except PatchError as error:
             raise PatchError(f"{path}: {error}") from error
 
     @classmethod
-    def _from_bytes(cls, content: bytes) -> Patch:
+    def from_bytes(cls, content: bytes) -> Patch:
+        """The same from a file's content. Raises PatchError that does not name the file."""
         file = _read_meta(content)
         try:
             tensors = safetensors.torch.load(content)

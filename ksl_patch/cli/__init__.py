@@ -11,22 +11,22 @@ import click
 from ksl_patch import __version__
 from ksl_patch.errors import KslPatchError
 
-_COMMANDS = tuple(
-    [
-        "add",
-        "build",
-        "doctor",
-        "export",
-        "gc",
-        "generate",
-        "import",
-        "inspect",
-        "list",
-        "path",
-        "remove",
-        "serve",
-        "verify",
-    ]
+_COMMANDS = (
+    "add",
+    "build",
+    "doctor",
+    "export",
+    "gc",
+    "generate",
+    "import",
+    "inspect",
+    "keygen",
+    "list",
+    "path",
+    "remove",
+    "serve",
+    "sign",
+    "verify",
 )
 
 

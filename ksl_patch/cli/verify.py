@@ -12,16 +12,23 @@ import click
 @click.argument("patch", metavar="P", type=click.Path(path_type=Path))
 @click.option("--base", metavar="M", help="Also check that the patch belongs to this base: a local folder or a Hub id.")
 @click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
+@click.option("--key", type=click.Path(path_type=Path), help="Also check P.minisig with this public key.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def verify(patch: Path, base: str | None, revision: str | None, as_json: bool) -> None:
-    """Check a patch file, and with --base that it belongs to that model. Exits with 0, or with 1 and the reason."""
+def verify(patch: Path, base: str | None, revision: str | None, key: Path | None, as_json: bool) -> None:
+    """Check a patch file: that it is sound, with --base that it belongs to that model, with --key that it is signed.
+
+    Exits with 0, or with 1 and the reason.
+    """
     from ksl_patch.errors import BaseMismatchError, PatchError
     from ksl_patch.patch import Patch
+    from ksl_patch.store import sign
 
     reason = digest = None
     try:
         loaded = Patch.load(patch)
         digest = loaded.digest
+        if key is not None:
+            sign.verify(patch, sign.PublicKey.load(key))
         if base is not None:
             from ksl_patch.hf import load_base
 
@@ -33,7 +40,8 @@ def verify(patch: Path, base: str | None, revision: str | None, as_json: bool) -
             json.dumps({"path": str(patch), "valid": reason is None, "reason": reason, "digest": digest, "base": base})
         )
     elif reason is None:
-        click.echo(f"{patch}: valid{f', and its base is {base}' if base else ''} ({digest})")
+        more = f"{f', signed with {key}' if key else ''}{f', and its base is {base}' if base else ''}"
+        click.echo(f"{patch}: valid{more} ({digest})")
     else:
         click.echo(f"Error: {reason}", err=True)
     if reason is not None:

@@ -12,6 +12,8 @@ from vllm.lora.resolver import LoRAResolver
 from ksl_patch.errors import PatchError
 from ksl_patch.patch import Patch, check_name
 from ksl_patch.store.local import Store, is_digest
+from ksl_patch.store.sign import PublicKey, load_signed
+from ksl_patch.vllm.settings import Settings
 
 logger = logging.getLogger("vllm.ksl_patch")
 
@@ -26,11 +28,24 @@ def inside(path: Path, folders: tuple[str, ...]) -> Path:
     raise PatchError(f"{str(path)[:200]!r} is not a .safetensors file in the folders that patches may come from.")
 
 
+def from_folders(path: Path, settings: Settings) -> Patch:
+    """A patch of the configured folders, signed where a key is configured. Raises PatchError."""
+    real = inside(path, settings.folders)
+    return Patch.load(real) if settings.key is None else load_signed(real, PublicKey.load(Path(settings.key)))
+
+
+def from_store(digest: str, settings: Settings) -> Patch:
+    """A patch of the local store. Raises PatchError, also where patches must be signed."""
+    if settings.key is not None:
+        raise PatchError("this server takes signed files, and the store keeps no signatures: give a file's path.")
+    return Store().get(digest)
+
+
 class PatchResolver(LoRAResolver):  # type: ignore[misc]
     """NAME is NAME.safetensors of a configured folder; 64 digits are a digest of the local store."""
 
-    def __init__(self, folders: tuple[str, ...]) -> None:
-        self._folders = folders
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """The adapter of a name, its file in the store, or None. vLLM gives it an id of its own."""
@@ -45,6 +60,5 @@ class PatchResolver(LoRAResolver):  # type: ignore[misc]
         check_name(name)
         store = Store()
         if is_digest(name):
-            store.get(name)
-            return store.path(name)
-        return store.add(Patch.load(inside(Path(f"{name}.safetensors"), self._folders)))
+            return store.path(from_store(name, self._settings).digest)
+        return store.add(from_folders(Path(f"{name}.safetensors"), self._settings))

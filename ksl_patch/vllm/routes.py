@@ -24,7 +24,7 @@ from ksl_patch.base import tokenizer_digest
 from ksl_patch.errors import KslPatchError, PatchError, RunError
 from ksl_patch.patch import Patch, PatchMeta, check_name
 from ksl_patch.store.local import Store
-from ksl_patch.vllm.resolver import PatchResolver, inside
+from ksl_patch.vllm.resolver import PatchResolver, from_folders, from_store
 from ksl_patch.vllm.settings import Settings, read_settings
 
 logger = logging.getLogger("vllm.ksl_patch")
@@ -78,7 +78,7 @@ class PatchRoutes:
         """Add the routes. The resolver must be known before vLLM's own state is made."""
         settings = read_settings(getattr(app.state.args, "additional_config", None))
         if settings.folders:
-            LoRAResolverRegistry.register_resolver("ksl_patch", PatchResolver(settings.folders))
+            LoRAResolverRegistry.register_resolver("ksl_patch", PatchResolver(settings))
         app.include_router(router)
         app.add_middleware(Prompts, state=app.state, guard=settings.guard)
         app.add_exception_handler(_RefusalError, _refuse)
@@ -217,7 +217,7 @@ class Patches:
         if (file.path is None) == (file.digest is None):
             raise _RefusalError(400, "give either the path or the digest of a patch.")
         try:
-            patch = await asyncio.to_thread(_open, file, self.settings.folders)
+            patch = await asyncio.to_thread(_open, file, self.settings)
             tokenizer = self._engine.tokenizer
             own = None if tokenizer is None else await asyncio.to_thread(_vocabulary, tokenizer)
         except KslPatchError as error:
@@ -361,12 +361,12 @@ def _named(name: str) -> str:
         raise _RefusalError(400, str(error)) from error
 
 
-def _open(file: PatchFile, folders: tuple[str, ...]) -> Patch:
+def _open(file: PatchFile, settings: Settings) -> Patch:
     if file.digest is not None:
-        return Store().get(file.digest)
+        return from_store(file.digest, settings)
     if "\0" in (file.path or ""):
         raise RunError("the path has a NUL in it.")
-    return Patch.load(inside(Path(file.path or ""), folders))
+    return from_folders(Path(file.path or ""), settings)
 
 
 def _read(path: str) -> _Content:

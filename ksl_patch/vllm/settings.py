@@ -18,6 +18,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     folders: where names that are not loaded are looked up, and what the routes may load from.
     runtime: whether the routes may load, replace and unload. template: whether prompts get the patch's template.
     guard: whether vLLM's own routes for adapters, which read any path, are closed.
+    key: file of the public key that every patch from a folder must be signed with.
     """
 
     max_rows: int | None = None
@@ -25,6 +26,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     runtime: bool = False
     template: bool = False
     guard: bool = False
+    key: str | None = None
 
 
 def read_settings(additional_config: Any) -> Settings:
