@@ -394,3 +394,57 @@ def test_the_real_model_s_patches_in_a_mixed_batch(smollm2):
     plain = {None: model} | {name: overwritten(model, patch) for name, patch in patches.items()}
     llm = start(str(smollm2), lora_target_modules=["embed_tokens"], enforce_eager=True)
     check_mixed(llm, patches, plain, [tokenizer(text).input_ids for text in texts], 40)
+
+
+def test_an_unknown_vllm_is_left_alone_with_one_clear_line(monkeypatch, caplog):
+    import vllm
+    from vllm.lora import utils
+
+    from ksl_patch.vllm import plugin
+
+    assert plugin.incompatibility() is None
+    monkeypatch.setattr(plugin, "_done", False)
+    before = utils._all_lora_classes
+    monkeypatch.setattr(vllm, "__version__", "0.99.1")
+    plugin.register()
+    assert "vLLM 0.99.1 is not one it was tested with" in caplog.text or "0.99.1" in plugin.incompatibility()
+    monkeypatch.undo()
+    monkeypatch.setattr(plugin, "_done", False)
+    monkeypatch.delattr(utils, "_all_lora_classes")
+    assert "lacks what it builds on: vllm.lora.utils._all_lora_classes" in plugin.incompatibility()
+    plugin.register()
+    assert not plugin._done
+    monkeypatch.undo()
+    assert utils._all_lora_classes == before
+
+
+def test_a_folder_of_a_server_that_wants_signatures_gives_signed_patches_alone(model, tmp_path):
+    import asyncio
+
+    from ksl_patch.errors import PatchError
+    from ksl_patch.store import sign
+    from ksl_patch.store.local import Store
+    from ksl_patch.vllm.resolver import PatchResolver, from_folders, from_store
+    from ksl_patch.vllm.settings import Settings
+
+    sign.generate(tmp_path / "own")
+    settings = Settings(folders=(str(tmp_path),), key=str(tmp_path / "own.pub"))
+    patch = some_patch(model, 1, IDS)
+    for name in ("signed", "unsigned", "changed"):
+        patch.save(tmp_path / f"{name}.safetensors")
+    for name in ("signed", "changed"):
+        sign.sign(tmp_path / f"{name}.safetensors", tmp_path / "own")
+    some_patch(model, 2, IDS).save(tmp_path / "changed.safetensors")
+    assert from_folders(Path("signed.safetensors"), settings).digest == patch.digest
+    for name, why in (("unsigned", "is not signed"), ("changed", "is not valid")):
+        with pytest.raises(PatchError, match=why):
+            from_folders(Path(f"{name}.safetensors"), settings)
+    Store().add(patch)
+    with pytest.raises(PatchError, match="takes signed files"):
+        from_store(patch.digest, settings)
+
+    def resolve(name):
+        return asyncio.run(PatchResolver(settings).resolve_lora("base", name))
+
+    assert resolve("signed").lora_path == str(Store().path(patch.digest))
+    assert [resolve(name) for name in ("unsigned", "changed", "nobody", "../signed", patch.digest)] == [None] * 5
