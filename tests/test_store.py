@@ -183,6 +183,9 @@ def test_the_commands(model, home, tmp_path):
     code, out, _ = run_cli("path", "es")
     assert Patch.load(out.strip()).digest == added[0]["digest"]
     assert "es" in run_cli("list")[1]
+    assert json.loads(run_cli("inspect", "es", "--json")[1])["digest"] == added[0]["digest"]
+    assert json.loads(run_cli("verify", added[1]["digest"], "--json")[1])["valid"]
+    assert not json.loads(run_cli("verify", "nobody", "--json")[1])["valid"]
     assert run_cli("remove", "es")[0] == 0
     code, out, _ = run_cli("gc", "--json")
     assert json.loads(out)["deleted"] == [added[0]["digest"]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,13 +13,18 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("patch", metavar="P", type=click.Path(path_type=Path))
+@click.argument("reference", metavar="P")
 @click.option("--rows", type=click.IntRange(0), default=40, show_default=True, help="Rows to show, largest D first.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def inspect(patch: Path, rows: int, as_json: bool) -> None:
-    """Show a patch: its rows as tokens with D, p and norms, its base, its training, its size."""
-    from ksl_patch.patch import Patch
+def inspect(reference: str, rows: int, as_json: bool) -> None:
+    """Show a patch: its rows as tokens with D, p and norms, its base, its training, its size.
 
+    P is a file, or a name or digest of the local store.
+    """
+    from ksl_patch.patch import Patch
+    from ksl_patch.store.local import locate
+
+    patch = locate(reference)
     loaded = Patch.load(patch)
     size = patch.stat().st_size
     if as_json:

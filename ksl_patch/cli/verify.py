@@ -9,22 +9,25 @@ import click
 
 
 @click.command()
-@click.argument("patch", metavar="P", type=click.Path(path_type=Path))
+@click.argument("reference", metavar="P")
 @click.option("--base", metavar="M", help="Also check that the patch belongs to this base: a local folder or a Hub id.")
 @click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
 @click.option("--key", type=click.Path(path_type=Path), help="Also check P.minisig with this public key.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def verify(patch: Path, base: str | None, revision: str | None, key: Path | None, as_json: bool) -> None:
-    """Check a patch file: that it is sound, with --base that it belongs to that model, with --key that it is signed.
+def verify(reference: str, base: str | None, revision: str | None, key: Path | None, as_json: bool) -> None:
+    """Check a patch: that it is sound, with --base that it belongs to that model, with --key that it is signed.
 
-    Exits with 0, or with 1 and the reason.
+    P is a file, or a name or digest of the local store. Exits with 0, or with 1 and the reason.
     """
     from ksl_patch.errors import BaseMismatchError, PatchError
     from ksl_patch.patch import Patch
     from ksl_patch.store import sign
+    from ksl_patch.store.local import locate
 
     reason = digest = None
+    patch: str | Path = reference
     try:
+        patch = locate(reference)
         loaded = Patch.load(patch)
         digest = loaded.digest
         if key is not None:

@@ -37,15 +37,24 @@ def is_digest(text: str) -> bool:
     return bool(_DIGEST.fullmatch(text))
 
 
-def load(reference: str) -> Patch:
-    """The patch of a reference: a file's path, a digest, or a name of the local store. Raises PatchError."""
-    if is_digest(reference) and not Path(reference).exists():
-        return Store().get(reference)
-    looks_like_path = os.sep in reference or reference.endswith(_SUFFIX) or Path(reference).exists()
+def locate(reference: str) -> Path:
+    """The file of a reference: a path, a digest, or a name of the local store. Raises PatchError.
+
+    What is here goes before what is in the store.
+    """
+    path = Path(reference)
+    if path.exists() or os.sep in reference or reference.endswith(_SUFFIX):
+        return path
     store = Store()
-    if not looks_like_path and store.digest(reference) is not None:
-        return store.get(reference)
-    return Patch.load(reference)
+    digest = reference if is_digest(reference) else store.digest(reference)
+    if digest is None:
+        raise PatchError(f"cannot read {reference}: there is no such file, and no such name in the local store.")
+    return store.path(store.get(digest).digest)
+
+
+def load(reference: str) -> Patch:
+    """The patch of a reference, as `locate` finds it. Raises PatchError."""
+    return Patch.load(locate(reference))
 
 
 @dataclass(frozen=True)
