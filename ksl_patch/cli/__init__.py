@@ -22,6 +22,7 @@ _COMMANDS = (
     "inspect",
     "keygen",
     "list",
+    "lock",
     "path",
     "remove",
     "serve",

@@ -27,7 +27,7 @@ _ROWS = 64
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-@click.argument("base")
+@click.argument("base", required=False)
 @click.option(
     "--patch",
     "patches",
@@ -36,6 +36,12 @@ _ROWS = 64
     help="Serve a patch file (or a name or digest of the local store, or a folder with a PEFT TrainableTokens "
     "adapter) under a name, by default its own. Repeat for more.",
 )
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A patches.toml with the base and its patches, instead of BASE.",
+)
+@click.option("--locked", is_flag=True, help="With --config: serve exactly what its lock says, or nothing.")
 @click.option(
     "--folder",
     "folders",
@@ -64,8 +70,10 @@ _ROWS = 64
 @click.pass_context
 def serve(
     ctx: click.Context,
-    base: str,
+    base: str | None,
     patches: tuple[str, ...],
+    config: Path | None,
+    locked: bool,
     folders: tuple[Path, ...],
     slots: int | None,
     max_rows: int | None,
@@ -83,6 +91,16 @@ def serve(
     if not dry_run:
         _check_installed()
     flags = list(ctx.args)
+    if config is not None:
+        if base is not None and base.startswith("-"):
+            flags, base = [base, *flags], None  # the first of vLLM's flags
+        base, patches = _configured(config, locked, base, patches)
+    elif locked:
+        raise click.UsageError("--locked needs --config.")
+    elif base is not None and base.startswith("-"):
+        raise click.UsageError(f"BASE comes before vLLM's own flags, such as {base}.")
+    if base is None:
+        raise click.UsageError("name a BASE, or a --config that does.")
     if allow_runtime_patches and not ("--api-key" in flags or os.environ.get("VLLM_API_KEY")):
         raise RunError("--allow-runtime-patches needs an API key: give --api-key KEY, or set VLLM_API_KEY.")
     if (folders or allow_runtime_patches) and _api_servers(flags) not in (None, "1"):
@@ -125,6 +143,18 @@ def serve(
     os.environ.update(environment)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "ksl_patch.vllm.launch", *command[1:]])
+
+
+def _configured(config: Path, locked: bool, base: str | None, patches: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """The base and the patches of a patches.toml."""
+    from ksl_patch.store import lock
+
+    if base is not None or (locked and patches):
+        raise click.UsageError(f"{config} says what is served: leave {'BASE' if base else '--patch'} out.")
+    if locked:
+        lock.check_locked(config)
+    found = lock.read_config(config)
+    return found.base, (*(f"{name}={reference}" for name, reference in found.patches.items()), *patches)
 
 
 def _check_installed() -> None:

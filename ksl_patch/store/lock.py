@@ -1,0 +1,113 @@
+"""What a deployment serves, written down: patches.toml, and patches.lock with the content that each reference had.
+
+base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+[patches]
+es = "es.safetensors"     # a path from this file's folder, or a name or digest of the local store
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from ksl_patch.errors import PatchError, RunError
+from ksl_patch.patch import Patch, check_name, write_atomically
+from ksl_patch.store.local import load
+
+VERSION = 1
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A patches.toml. patches: reference by name; paths are absolute once read."""
+
+    base: str
+    patches: dict[str, str]
+
+
+class Locked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a reference stood for when it was locked."""
+
+    reference: str
+    digest: str
+    base_fingerprint: str
+
+
+class Lock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A patches.lock."""
+
+    version: int
+    base: str
+    patches: dict[str, Locked]
+
+
+def read_config(path: Path) -> Config:
+    """Read a patches.toml. Raises RunError for what is not one."""
+    try:
+        with path.open("rb") as file:
+            config = msgspec.convert(tomllib.load(file), Config)
+        for name in config.patches:
+            check_name(name)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError, PatchError) as error:
+        raise RunError(f"{path} is not a list of patches: {error}.") from error
+    folder = path.resolve().parent
+    return Config(config.base, {name: _absolute(reference, folder) for name, reference in config.patches.items()})
+
+
+def lock_path(config: Path) -> Path:
+    """Where the lock of a patches.toml is: beside it, with the ending .lock."""
+    return config.with_suffix(".lock")
+
+
+def write_lock(path: Path) -> Lock:
+    """Look every patch of a patches.toml up and write its lock. Raises RunError, PatchError."""
+    config = read_config(path)
+    given = tomllib.loads(path.read_text())["patches"]
+    patches = {name: load(reference) for name, reference in config.patches.items()}
+    _one_base(patches)
+    entries = {
+        name: Locked(given[name], patch.digest, patch.meta.base.fingerprint) for name, patch in sorted(patches.items())
+    }
+    lock = Lock(VERSION, config.base, entries)
+    content = msgspec.json.format(msgspec.json.encode(lock), indent=2) + b"\n"
+    try:
+        write_atomically(lock_path(path), content)
+    except OSError as error:
+        raise RunError(f"cannot write {lock_path(path)}: {error.strerror or error}.") from error
+    return lock
+
+
+def check_locked(path: Path) -> None:
+    """Raise RunError unless every patch of a patches.toml is what its lock says, and the lock is complete."""
+    config, where = read_config(path), lock_path(path)
+    try:
+        lock = msgspec.json.decode(where.read_bytes(), type=Lock)
+    except FileNotFoundError as error:
+        raise RunError(f"there is no {where}: `ksl-patch lock {path}` writes it.") from error
+    except (OSError, msgspec.DecodeError) as error:
+        raise RunError(f"{where} is not a lock ({error}): `ksl-patch lock {path}` writes it.") from error
+    if lock.version != VERSION:
+        raise RunError(f"{where} has version {lock.version}, and this ksl-patch reads {VERSION}.")
+    if lock.base != config.base or lock.patches.keys() != config.patches.keys():
+        raise RunError(f"{where} is not of this {path.name}, which was changed since: lock it again.")
+    for name, reference in config.patches.items():
+        found = load(reference).digest
+        if found != lock.patches[name].digest:
+            raise RunError(
+                f"{name} is {found[:12]}, and {where} has {lock.patches[name].digest[:12]}: not what was locked."
+            )
+
+
+def _one_base(patches: dict[str, Patch]) -> None:
+    bases = {patch.meta.base.fingerprint for patch in patches.values()}
+    if len(bases) > 1:
+        raise RunError(f"the patches are for {len(bases)} different bases, and one server has one.")
+
+
+def _absolute(reference: str, folder: Path) -> str:
+    is_path = os.sep in reference or reference.endswith(".safetensors")
+    return str(folder / reference) if is_path else reference
