@@ -400,20 +400,25 @@ class SlotBank(BankTensors):
 
     def check(self, patch: SlotRows) -> None:
         """Raise BankError unless `write` would take the patch."""
+        self._fit(patch)
+
+    def _fit(self, patch: SlotRows) -> tuple[int, int, np.ndarray]:
+        """The patch's `_hash`, once it is known to fit."""
         _check_rows(patch, self.vocab_size, self.hidden_size)
         count = len(patch.token_ids) * (1 if patch.output_rows is None else 2)
         if count > self.max_rows:
             raise BankError(f"the patch has {count} rows, and a slot has room for {self.max_rows}: reserve more.")
         if patch.prompt_only:
             raise BankError("the patch acts on the prompt only, which a bank of this kind cannot do.")
-        if _hash(patch.token_ids.cpu().numpy())[0] > self._buckets:
+        hashed = _hash(patch.token_ids.cpu().numpy())
+        if hashed[0] > self._buckets:
             raise BankError("the patch's token ids do not fit the bank's hash table: reserve more rows a slot.")
+        return hashed
 
     def write(self, slot: int, patch: SlotRows) -> None:
         """Give a slot, 1 to `slots`, new content. Raises BankError as `check` does."""
-        self.check(patch)
+        buckets, multiplier, positions = self._fit(patch)
         ids = patch.token_ids.cpu().numpy()
-        buckets, multiplier, positions = _hash(ids)
         first_row, first_bucket = (slot - 1) * self.max_rows, 1 + (slot - 1) * self._buckets
         k = len(ids)
         taken = first_row + np.arange(k * (1 if patch.output_rows is None else 2))

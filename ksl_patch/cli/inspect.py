@@ -21,11 +21,9 @@ def inspect(reference: str, rows: int, as_json: bool) -> None:
 
     P is a file, or a name or digest of the local store.
     """
-    from ksl_patch.patch import Patch
-    from ksl_patch.store.local import locate
+    from ksl_patch.store.local import find
 
-    patch = locate(reference)
-    loaded = Patch.load(patch)
+    patch, loaded = find(reference)
     size = patch.stat().st_size
     if as_json:
         meta = dataclasses.asdict(loaded.meta)

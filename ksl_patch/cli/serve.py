@@ -8,18 +8,18 @@ import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from ksl_patch.errors import RunError
-from ksl_patch.patch import Patch, check_name
-from ksl_patch.store.local import Store, load
-from ksl_patch.store.sign import PublicKey, load_signed
 from ksl_patch.vllm.plugin import SUPPORTED
 from ksl_patch.vllm.settings import KEY, read_settings
+
+if TYPE_CHECKING:
+    from ksl_patch.patch import Patch
 
 _MOST_SLOTS = 256
 _CACHED = 1000
@@ -103,13 +103,14 @@ def serve(
         raise click.UsageError("name a BASE, or a --config that does.")
     if allow_runtime_patches and not ("--api-key" in flags or os.environ.get("VLLM_API_KEY")):
         raise RunError("--allow-runtime-patches needs an API key: give --api-key KEY, or set VLLM_API_KEY.")
-    if (folders or allow_runtime_patches) and _api_servers(flags) not in (None, "1"):
+    changing, api_servers = bool(folders) or allow_runtime_patches, _api_servers(flags)
+    if changing and api_servers not in (None, "1"):
         raise RunError("names that change while serving belong to one API server: leave --api-server-count out.")
     served = _read(patches, key)
     most = max((count for *_, count in served), default=0)
     if max_rows is not None and most > max_rows:
         raise RunError(f"a patch has {most} rows, more than --max-rows {max_rows}.")
-    if folders or allow_runtime_patches or not most:
+    if changing or not most:
         most = max(most, _ROWS)  # others may come
     flags, given = _take_additional_config(flags)
     given[KEY] = {
@@ -126,7 +127,7 @@ def serve(
     command = ["vllm", "serve", base, "--enable-lora", "--max-loras", str(slots)]
     command += ["--max-cpu-loras", str(max(slots, _CACHED))]
     command += [] if lora else ["--lora-target-modules", "embed_tokens"]
-    if (folders or allow_runtime_patches) and _api_servers(flags) is None:
+    if changing and api_servers is None:
         command += ["--api-server-count", "1"]
     command += ["--additional-config", json.dumps(given)]
     command += ["--lora-modules", *modules] if modules else []
@@ -172,6 +173,9 @@ def _check_installed() -> None:
 def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Patch | None, int]]:
     """Of each patch its name, the path that vLLM reads it from, the patch if it is one, and its rows."""
     from ksl_patch.interop import peft
+    from ksl_patch.patch import check_name
+    from ksl_patch.store.local import Store, load
+    from ksl_patch.store.sign import PublicKey, load_signed
 
     public = None if key is None else PublicKey.load(key)
     served: list[tuple[str, str, Patch | None, int]] = []

@@ -20,15 +20,13 @@ def verify(reference: str, base: str | None, revision: str | None, key: Path | N
     P is a file, or a name or digest of the local store. Exits with 0, or with 1 and the reason.
     """
     from ksl_patch.errors import BaseMismatchError, PatchError
-    from ksl_patch.patch import Patch
     from ksl_patch.store import sign
-    from ksl_patch.store.local import locate
+    from ksl_patch.store.local import find
 
     reason = digest = None
-    patch: str | Path = reference
+    patch = Path(reference)
     try:
-        patch = locate(reference)
-        loaded = Patch.load(patch)
+        patch, loaded = find(reference)
         digest = loaded.digest
         if key is not None:
             sign.verify(patch, sign.PublicKey.load(key))

@@ -37,24 +37,24 @@ def is_digest(text: str) -> bool:
     return bool(_DIGEST.fullmatch(text))
 
 
-def locate(reference: str) -> Path:
-    """The file of a reference: a path, a digest, or a name of the local store. Raises PatchError.
+def find(reference: str) -> tuple[Path, Patch]:
+    """The file and the patch of a reference: a path, a digest, or a name of the local store. Raises PatchError.
 
     What is here goes before what is in the store.
     """
     path = Path(reference)
     if path.exists() or os.sep in reference or reference.endswith(_SUFFIX):
-        return path
+        return path, Patch.load(path)
     store = Store()
     digest = reference if is_digest(reference) else store.digest(reference)
     if digest is None:
         raise PatchError(f"cannot read {reference}: there is no such file, and no such name in the local store.")
-    return store.path(store.get(digest).digest)
+    return store.path(digest), store.get(digest)
 
 
 def load(reference: str) -> Patch:
-    """The patch of a reference, as `locate` finds it. Raises PatchError."""
-    return Patch.load(locate(reference))
+    """The patch of a reference, as `find` has it. Raises PatchError."""
+    return find(reference)[1]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +24,12 @@ from ksl_patch.store.local import Store
 from ksl_patch.vllm.layer import PatchedEmbedding, correct_head, pack
 
 
-@dataclass(frozen=True)
 class _Table:
     """This rank's part of the table, as `check_base` wants it."""
 
-    layer: PatchedEmbedding
-
-    def __post_init__(self) -> None:
-        base = self.layer.base_layer
-        for name, value in (
-            ("vocab_size", base.org_vocab_size),
-            ("hidden_size", base.embedding_dim),
-            ("plain", self.layer.plain),
-            ("dtype", self.layer.bank.rows.dtype),
-        ):
-            object.__setattr__(self, name, value)
-
-    def rows(self, token_ids: torch.Tensor) -> Any:
-        return self.layer.base_rows(token_ids)
+    def __init__(self, layer: PatchedEmbedding) -> None:
+        self.vocab_size, self.hidden_size = layer.base_layer.org_vocab_size, layer.base_layer.embedding_dim
+        self.plain, self.dtype, self.rows = layer.plain, layer.bank.rows.dtype, layer.base_rows
 
 
 def load_adapter(manager: Any, stock: Callable[[Any, LoRARequest], LoRAModel], request: LoRARequest) -> LoRAModel:
@@ -74,7 +61,7 @@ def load_adapter(manager: Any, stock: Callable[[Any, LoRARequest], LoRAModel], r
         lora = stock(manager, request)
         for name, layer in layers.items():
             if name in lora.loras:
-                lora.loras[name] = _weights(name, _as_rows(layer, lora.loras[name], request))
+                lora.loras[name] = _weights(name, _as_rows(layer, lora.loras[name]))
         return lora
     except KslPatchError as error:
         raise ValueError(f"{request.lora_name}: {error}") from error
@@ -121,7 +108,7 @@ def _weights(name: str, rows: SlotRows) -> LoRALayerWeights:
     return LoRALayerWeights(name, 1, 1, ids, values, scaling=1)
 
 
-def _as_rows(layer: PatchedEmbedding, lora: LoRALayerWeights, request: LoRARequest) -> SlotRows:
+def _as_rows(layer: PatchedEmbedding, lora: LoRALayerWeights) -> SlotRows:
     """A LoRA of the embedding, which changes the rows of those tokens alone that A has values for."""
     token_ids = lora.lora_a.ne(0).any(dim=0).nonzero()[:, 0]
     if not len(token_ids):
