@@ -15,15 +15,11 @@ import warnings
 from pathlib import Path
 
 import click
-import numpy as np
-import scipy.stats
 import torch
 import transformers
-from machine import machine, report
+from machine import machine, paired, report, show
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
-from rich.console import Console
-from rich.table import Table
 
 from ksl_patch import Patch, attach
 from ksl_patch.bank import SlotRows
@@ -39,7 +35,6 @@ SHAPES = {
     },
 }  # fmt: skip
 LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-console = Console(width=120)
 
 
 class Bench:
@@ -144,18 +139,10 @@ def throughput(bench, counts, rounds, compiled):
     return {
         name: {
             "tokens_per_second": bench.batch * bench.tokens / statistics.median(values),
-            **paired(np.array(times["base"]) / np.array(values)),
+            **dict(zip(("of_base", "interval"), paired(times["base"], values), strict=True)),
         }
         for name, values in times.items()
     }
-
-
-def paired(ratios):
-    """The median of the rounds' own ratios to the base, with a bootstrap interval: machines drift between rounds."""
-    if np.ptp(ratios) == 0:
-        return {"of_base": 1.0, "interval": [1.0, 1.0]}
-    interval = scipy.stats.bootstrap((ratios,), np.median, confidence_level=0.95, rng=0).confidence_interval
-    return {"of_base": float(np.median(ratios)), "interval": list(map(float, interval))}
 
 
 def replacing(bench, folder, repeats):
@@ -232,15 +219,6 @@ def memory(bench, count):
         "LoRA (r=8, q and v), bfloat16": adapter,
         f"embedding LoRA (r={bench.k}), bfloat16": 2 * bench.k * (bench.V + bench.d),
     }
-
-
-def show(title, columns, rows):
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[-1] else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 @click.command()

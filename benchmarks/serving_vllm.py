@@ -17,11 +17,7 @@ import time
 from pathlib import Path
 
 import click
-import numpy as np
-import scipy.stats
-from machine import machine, report
-from rich.console import Console
-from rich.table import Table
+from machine import machine, paired, report, show
 
 SHAPES = {
     "llama-8b-embedding": {  # the table of Llama 3 8B over one of its layers
@@ -31,7 +27,6 @@ SHAPES = {
     },
 }  # fmt: skip
 STOCK_SLOTS = 4
-console = Console(width=120)
 
 
 def worker(base, kind, count, rows, batch, tokens, folder, eager):
@@ -95,8 +90,8 @@ def _bytes(model):
 
 
 class Engine:
-    def __init__(self, kind, count, options, folder):
-        arguments = [sys.executable, __file__, "--worker", json.dumps([options["base"], kind, count, *folder])]
+    def __init__(self, base, kind, count, common):
+        arguments = [sys.executable, __file__, "--worker", json.dumps([base, kind, count, *common])]
         settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
         settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
         if kind != "ours":
@@ -149,24 +144,6 @@ def write_patches(base, count, rows, folder):
     return sizes | {"stock LoRA": (folder / "lora0" / "adapter_model.safetensors").stat().st_size}
 
 
-def paired(base, other):
-    """The median of the rounds' own ratios, base / other, and its 95 % bootstrap interval."""
-    ratios = np.array(base) / np.array(other)
-    if np.ptp(ratios) == 0:
-        return {"of_plain": 1.0, "interval": [1.0, 1.0]}
-    interval = scipy.stats.bootstrap((ratios,), np.median, confidence_level=0.95, rng=0).confidence_interval
-    return {"of_plain": float(np.median(ratios)), "interval": list(map(float, interval))}
-
-
-def show(title, columns, rows):
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[-1] else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
 @click.command()
 @click.option("--base", help="Folder of a model.")
 @click.option("--random", type=click.Choice(list(SHAPES)), help="A model of this shape with random weights instead.")
@@ -202,11 +179,11 @@ def main(base, random, rows, batch, tokens, counts, rounds, skip_throughput, out
         }  # fmt: skip
         results["file_bytes"] = write_patches(base, max(counts), rows, folder)
         common = [rows, batch, tokens, str(folder), skip_throughput]
-        engines = {} if skip_throughput else {"plain vLLM": Engine("plain", 0, {"base": base}, common)}
+        engines = {} if skip_throughput else {"plain vLLM": Engine(base, "plain", 0, common)}
         for count in counts:
-            engines[f"ours, {count:,} patches"] = Engine("ours", count, {"base": base}, common)
+            engines[f"ours, {count:,} patches"] = Engine(base, "ours", count, common)
         stock = f"stock embedding LoRA, {STOCK_SLOTS} slots"
-        engines[stock] = Engine("stock", STOCK_SLOTS, {"base": base}, common)
+        engines[stock] = Engine(base, "stock", STOCK_SLOTS, common)
         ours = f"ours, {max(counts):,} patches"
 
         memory = {name: engines[name].ask("bytes")["bytes"] for name in engines if name != "plain vLLM"}
@@ -248,7 +225,7 @@ def main(base, random, rows, batch, tokens, counts, rounds, skip_throughput, out
                 name: {
                     "tokens_per_second": batch * tokens / statistics.median(values),
                     "first_token_seconds": statistics.median(seconds["first"][name]),
-                    **paired(plain, values),
+                    **dict(zip(("of_plain", "interval"), paired(plain, values), strict=True)),
                 }
                 for name, values in seconds["seconds"].items()
             }

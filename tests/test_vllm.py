@@ -112,7 +112,7 @@ def tokens(outputs):
 @torch.no_grad()
 def expected(model, prompt, count=20):
     settings = {"do_sample": False, "max_new_tokens": count, "eos_token_id": -1, "pad_token_id": 1}
-    return model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
+    return model.generate(input_ids=torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
 
 
 @torch.no_grad()
@@ -315,14 +315,8 @@ def test_peft_s_adapters_give_peft_s_own_tokens_in_one_batch_with_patches(engine
     requests = [adapter(f"peft{i}", 900 + i, tmp_path / str(i)) for i in range(3)]
     found = tokens(greedy(engine, texts, [*requests, request(patches["a"], "a"), None]))
     models = [*own, plain["a"], model]
-    assert found == [expected_of(each, text) for each, text in zip(models, texts, strict=True)]
-    assert all(expected_of(each, text) != expected(model, text) for each, text in zip(own, texts, strict=False))
-
-
-def expected_of(model, prompt):
-    settings = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": -1, "pad_token_id": 1}
-    with torch.no_grad():
-        return model.generate(input_ids=torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
+    assert found == [expected(each, text) for each, text in zip(models, texts, strict=True)]
+    assert all(expected(each, text) != expected(model, text) for each, text in zip(own, texts, strict=False))
 
 
 def test_a_lora_of_the_embedding_is_rows_where_it_touches_few(engine, model, tmp_path):
@@ -339,7 +333,7 @@ def test_a_lora_of_the_embedding_is_rows_where_it_touches_few(engine, model, tmp
     text = [*range(2, 30), *prompts(10)[0]]
     found = tokens(greedy(engine, [text], [adapter("few", 921, tmp_path / "few")]))
     # On a tied model PEFT's embedding LoRA leaves the head alone.
-    assert found == [expected_of(peft, text)]
+    assert found == [expected(peft, text)]
 
 
 def refusals(model, tmp_path):

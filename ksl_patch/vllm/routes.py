@@ -144,6 +144,12 @@ class Patches:
             summary |= {"licence": meta.licence, "created": meta.created, "base": meta.base.model_id}
         return summary
 
+    def may_change(self) -> None:
+        """Raise a 403 where patches are fixed."""
+        if not self.settings.runtime:
+            message = "patches are fixed on this server: it was started without --allow-runtime-patches."
+            raise _RefusalError(403, message)
+
     async def load(self, file: PatchFile, name: str | None) -> str:
         """Put a patch behind a new name."""
         patch = await self._read(file)
@@ -210,10 +216,7 @@ class Patches:
         return True
 
     async def _read(self, file: PatchFile) -> Patch:
-        if not self.settings.runtime:
-            raise _RefusalError(
-                403, "patches are fixed on this server: it was started without --allow-runtime-patches."
-            )
+        self.may_change()
         if (file.path is None) == (file.digest is None):
             raise _RefusalError(400, "give either the path or the digest of a patch.")
         try:
@@ -343,8 +346,7 @@ async def replace_patch(name: str, file: PatchFile, request: Request) -> dict[st
 async def unload_patch(name: str, request: Request, wait: float = 0.0) -> dict[str, Any]:
     """Forget a patch. wait: seconds to give the requests that use it; 409 when some still do then."""
     patches = _patches(request)
-    if not patches.settings.runtime:
-        raise _RefusalError(403, "patches are fixed on this server: it was started without --allow-runtime-patches.")
+    patches.may_change()
     await patches.unload(_named(name), min(max(wait, 0.0), 600.0))
     return {"name": name, "unloaded": True}
 
