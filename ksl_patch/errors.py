@@ -9,6 +9,10 @@ class PatchError(KslPatchError):
     """A patch, or the file that should hold one, is not valid."""
 
 
+class HubError(PatchError):
+    """A patch cannot be had from the Hub, or not be put there."""
+
+
 class BaseMismatchError(KslPatchError):
     """A patch belongs to another base, or a model is not one that a patch can sit on."""
 

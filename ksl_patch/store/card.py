@@ -1,0 +1,133 @@
+"""The model card of a repository with patches: one section for each, between marks, so that a push replaces its own."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ksl_patch.errors import HubError
+from ksl_patch.patch import Patch
+
+CARD = "README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
+_TAGS = ("embedding-patch", "ks-lottery")
+_TOKENS = 60
+
+
+def make_card(patch: Patch, repo: str, file: str, old: str | None, *, base_model: str | None = None) -> str:
+    """The card with a patch's section, put into `old` where there is one. Raises HubError.
+
+    base_model: the base's id on the Hub; by default the one in the metadata, where it looks like one.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    meta = patch.meta
+    base = base_model or meta.base.model_id
+    if base is None or not _HUB_ID.fullmatch(base):
+        raise HubError(f"the patch's base is {base or 'unnamed'}, not an id on the Hub: name it with --base-model ID.")
+    try:
+        card = ModelCard(old, ignore_metadata_errors=True) if old else ModelCard("---\n{}\n---\n")
+    except (ValueError, TypeError) as error:
+        raise HubError(f"the card of {repo} cannot be read ({error}): mend its metadata first.") from error
+    data = card.data.to_dict()
+    licences = _with(data.get("license"), meta.licence.lower() if meta.licence else None)
+    data |= {
+        "base_model": _plain(_with(data.get("base_model"), base)),
+        "base_model_relation": "adapter",
+        "library_name": "ksl_patch",
+        "language": _with(data.get("language"), meta.language.split("-")[0].lower() if meta.language else None),
+        "license": _plain(licences),
+        "tags": _with(data.get("tags"), *_TAGS),
+    }
+    begin, end = f"<!-- ksl_patch {file} -->", f"<!-- /ksl_patch {file} -->"
+    section = f"{begin}\n{_section(patch, repo, file, base)}\n{end}"
+    text = card.text.strip() or f"# Embedding patches for {base}\n\n{_WHAT}"
+    before, found, rest = text.partition(begin)
+    if found:
+        _, closed, after = rest.partition(end)
+        text = before + section + (after if closed else f"\n{rest}")
+    else:
+        text = f"{text}\n\n{section}"
+    header = ModelCardData(**{key: value for key, value in data.items() if value}).to_yaml()
+    return f"---\n{header}\n---\n\n{text.strip()}\n"
+
+
+_WHAT = """An *embedding patch* replaces a handful of rows of a language model's embedding table. It holds data alone, no code,
+and one model in memory serves any number of patches, another one for each request
+([ksl_patch](https://pypi.org/project/ksl-patch/))."""
+
+
+def _section(patch: Patch, repo: str, file: str, base: str) -> str:
+    meta, name = patch.meta, file.removesuffix(".safetensors").rpartition("/")[2]
+    facts = {
+        "language": meta.language,
+        "base": f"`{base}`, fingerprint `{meta.base.fingerprint[:12]}`",
+        "rows": f"{len(patch.token_ids)} of {meta.base.vocab_size:,}, {meta.base.hidden_size} values each",
+        "side, scope": f"{meta.side}, {meta.scope}",
+        "rows chosen by": meta.ticket and _rule(meta.ticket),
+        "trained on": meta.training and f"{meta.training.pairs:,} sentence pairs",
+        "licence": meta.licence,
+        "digest": f"`{patch.digest}`",
+    }
+    parts = [f"## {name}", _table(("", ""), [(key, value) for key, value in facts.items() if value])]
+    if meta.template is not None:
+        parts.append(f"It was trained with this prompt, and its effect may depend on it:\n\n{_fence(meta.template.text)}")
+    if meta.tokens:
+        more = f"\n... and {len(meta.tokens) - _TOKENS} more" if len(meta.tokens) > _TOKENS else ""
+        parts.append("Its tokens:\n\n" + _fence(" ".join(repr(token) for token in meta.tokens[:_TOKENS]) + more))
+    if figures := _figures(meta.evaluation or {}):
+        parts.append(f"### Evaluation\n\n{figures}")
+    parts.append(
+        f"""### Use
+
+```console
+$ ksl-patch serve {base} --patch {name}=hf://{repo}/{file}    # vLLM's OpenAI server; requests say "model": "{name}"
+$ ksl-patch generate --base {base} --patch hf://{repo}/{file} --apply-template --prompt "..."
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from ksl_patch import attach
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+handle = attach(model, tokenizer=AutoTokenizer.from_pretrained("{base}"))
+handle.load("hf://{repo}/{file}", "{name}")
+with handle.using("{name}"):  # or a list, an entry for each row of the batch
+    model.generate(...)
+```"""
+    )
+    return "\n\n".join(parts)
+
+
+def _rule(ticket: Any) -> str:
+    rule = [f"p < {ticket.alpha}"] if ticket.alpha else []
+    rule += [f"at most {ticket.top_k}"] if ticket.top_k else []
+    return f"{ticket.selection} ({', '.join(rule)})"
+
+
+def _figures(evaluation: dict[str, Any]) -> str:
+    """The evaluation's numbers as a table, as they are named in the file."""
+    rows = [(key, f"{value:.4g}") for key, value in evaluation.items() if isinstance(value, int | float)]
+    return _table(("on held-out pairs", ""), rows) if rows else ""
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _fence(text: str) -> str:
+    """A code block that its text cannot end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _with(known: Any, *more: str | None) -> list[str]:
+    """A card's value, one or a list, and others that it may lack."""
+    values = [known] if isinstance(known, str) else [str(value) for value in known or ()]
+    return values + [value for value in dict.fromkeys(more) if value is not None and value not in values]
+
+
+def _plain(values: list[str]) -> str | list[str]:
+    return values[0] if len(values) == 1 else values
