@@ -21,6 +21,7 @@ from ksl_patch.continuous import ContinuousBatching
 from ksl_patch.errors import RunError
 from ksl_patch.overlay import Overlay
 from ksl_patch.patch import Patch, PatchMeta, check_name
+from ksl_patch.store.local import load
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class PatchHandle:
         return self._find(name).meta
 
     def load(self, patch: Patch | str | os.PathLike[str], name: str | None = None) -> str:
-        """Load a patch, or a patch file, under a name (its own by default); returns the name.
+        """Load a patch, a patch file or hf://ORG/REPO/FILE under a name (its own by default); returns the name.
 
         Raises PatchError for a bad file, BaseMismatchError for a patch of another base, BankError when the bank is
         full, RunError for a name that is taken.
@@ -345,6 +346,8 @@ class PatchHandle:
             raise RunError("the handle is detached from its model: attach again.")
 
     def _read(self, patch: Patch | str | os.PathLike[str]) -> Patch:
+        if isinstance(patch, str) and patch.startswith("hf://"):
+            patch = load(patch)
         patch = patch if isinstance(patch, Patch) else Patch.load(patch)
         if self._merged is not None:
             raise RunError(f"{self._merged[0]} is merged into the model's table: unmerge it before loading others.")

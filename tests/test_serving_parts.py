@@ -197,7 +197,15 @@ def test_a_dry_run_prints_vllm_s_own_command(files):
     assert value(command, "--lora-target-modules") == "embed_tokens"
     assert (value(command, "--port"), value(command, "-tp")) == ("9", "2")
     own = json.loads(value(command, "--additional-config"))["ksl_patch"]
-    assert own == {"max_rows": 3, "folders": [], "runtime": False, "template": False, "guard": False, "key": None}
+    assert own == {
+        "max_rows": 3,
+        "folders": [],
+        "orgs": [],
+        "runtime": False,
+        "template": False,
+        "guard": False,
+        "key": None,
+    }
     start = command.index("--lora-modules")
     modules = [json.loads(text) for text in command[start + 1 : start + 3]]
     assert [module["name"] for module in modules] == ["es", "sw"]
@@ -218,7 +226,7 @@ def test_options_reach_vllm(files, monkeypatch):
     config = json.loads(value(command, "--additional-config"))
     assert config["other"] == 1
     assert config["ksl_patch"] == {
-        "max_rows": 40, "folders": [str(files.resolve())], "runtime": True, "template": True, "guard": True,
+        "max_rows": 40, "folders": [str(files.resolve())], "orgs": [], "runtime": True, "template": True, "guard": True,
         "key": None,
     }  # fmt: skip
     assert value(command, "--max-loras") == "5"

@@ -24,6 +24,8 @@ _COMMANDS = (
     "list",
     "lock",
     "path",
+    "pull",
+    "push",
     "remove",
     "serve",
     "sign",

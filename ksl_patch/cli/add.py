@@ -13,16 +13,16 @@ import click
 @click.option("--name", metavar="NAME", help="The name it is to have; by default its own. For one file.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each.")
 def add(files: tuple[Path, ...], name: str | None, as_json: bool) -> None:
-    """Put patch files into the local store, where commands find them by name or digest."""
+    """Put patch files, with their signatures, into the local store, where commands find them by name or digest."""
     if name is not None and len(files) > 1:
         raise click.UsageError("--name is for one file.")
     from ksl_patch.patch import Patch
     from ksl_patch.store.local import Store
 
-    patches = [Patch.load(file) for file in files]
-    for patch in patches:
-        own = name or patch.meta.name
-        path = Store().add(patch, own)
+    store = Store()
+    for own, file in [(name or Patch.load(file).meta.name, file) for file in files]:
+        patch = store.add_file(file, own)
+        path = store.path(patch.digest)
         if as_json:
             click.echo(json.dumps({"name": own, "digest": patch.digest, "path": str(path)}))
         else:

@@ -139,9 +139,6 @@ def _store() -> Iterator[Finding]:
 
 
 def _hub() -> Iterator[Finding]:
-    if _version("huggingface-hub") is None:
-        yield Finding("Hub", "absent", "huggingface-hub is not installed", "pip install 'ksl-patch[train]'")
-        return
     from huggingface_hub import constants, get_session, get_token
 
     if constants.HF_HUB_OFFLINE:

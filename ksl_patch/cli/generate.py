@@ -17,8 +17,8 @@ _BASE = "base"
     "patches",
     multiple=True,
     metavar="P",
-    help="Patch for the prompt in the same place: a file, or a name or digest of the local store, or the word base. "
-    "One patch serves them all.",
+    help="Patch for the prompt in the same place: a file, a name or digest of the local store, hf://ORG/REPO/FILE, "
+    "or the word base. One patch serves them all.",
 )
 @click.option(
     "--prompt", "prompts", multiple=True, required=True, metavar="T", help="Prompt; give it several times for a batch."

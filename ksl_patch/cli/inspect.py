@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def inspect(reference: str, rows: int, as_json: bool) -> None:
     """Show a patch: its rows as tokens with D, p and norms, its base, its training, its size.
 
-    P is a file, or a name or digest of the local store.
+    P is a file, a name or digest of the local store, or hf://ORG/REPO[@REV]/FILE.
     """
     from ksl_patch.store.local import find
 

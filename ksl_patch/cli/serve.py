@@ -33,8 +33,8 @@ _ROWS = 64
     "patches",
     metavar="[NAME=]PATH",
     multiple=True,
-    help="Serve a patch file (or a name or digest of the local store, or a folder with a PEFT TrainableTokens "
-    "adapter) under a name, by default its own. Repeat for more.",
+    help="Serve a patch file (or a name or digest of the local store, hf://ORG/REPO[@REV]/FILE, or a folder with a "
+    "PEFT TrainableTokens adapter) under a name, by default its own. Repeat for more.",
 )
 @click.option(
     "--config",
@@ -48,6 +48,13 @@ _ROWS = 64
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     multiple=True,
     help="A request for another NAME gets NAME.safetensors of this folder. Repeat for more.",
+)
+@click.option(
+    "--hub-org",
+    "orgs",
+    metavar="ORG",
+    multiple=True,
+    help="A request for ORG/REPO[@REV][/FILE] gets that patch of the Hub, as it is then. Repeat for more.",
 )
 @click.option(
     "--slots", type=click.IntRange(1), help="Different patches in one batch.  [default: 16, or as many as served]"
@@ -75,6 +82,7 @@ def serve(
     config: Path | None,
     locked: bool,
     folders: tuple[Path, ...],
+    orgs: tuple[str, ...],
     slots: int | None,
     max_rows: int | None,
     allow_runtime_patches: bool,
@@ -103,7 +111,7 @@ def serve(
         raise click.UsageError("name a BASE, or a --config that does.")
     if allow_runtime_patches and not ("--api-key" in flags or os.environ.get("VLLM_API_KEY")):
         raise RunError("--allow-runtime-patches needs an API key: give --api-key KEY, or set VLLM_API_KEY.")
-    changing, api_servers = bool(folders) or allow_runtime_patches, _api_servers(flags)
+    changing, api_servers = bool(folders or orgs) or allow_runtime_patches, _api_servers(flags)
     if changing and api_servers not in (None, "1"):
         raise RunError("names that change while serving belong to one API server: leave --api-server-count out.")
     served = _read(patches, key)
@@ -116,9 +124,10 @@ def serve(
     given[KEY] = {
         "max_rows": max_rows or most,
         "folders": [str(folder.resolve()) for folder in folders],
+        "orgs": list(orgs),
         "runtime": allow_runtime_patches,
         "template": apply_template,
-        "guard": bool(folders) and not os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+        "guard": bool(folders or orgs) and not os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
         "key": None if key is None else str(key.resolve()),
     }
     read_settings(given)
@@ -132,7 +141,7 @@ def serve(
     command += ["--additional-config", json.dumps(given)]
     command += ["--lora-modules", *modules] if modules else []
     command += flags
-    environment = {"VLLM_PLUGINS": _plugins()} | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if folders else {})
+    environment = {"VLLM_PLUGINS": _plugins()} | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if folders or orgs else {})
     if dry_run:
         if as_json:
             click.echo(json.dumps({"environment": environment, "command": command}))
@@ -152,9 +161,7 @@ def _configured(config: Path, locked: bool, base: str | None, patches: tuple[str
 
     if base is not None or (locked and patches):
         raise click.UsageError(f"{config} says what is served: leave {'BASE' if base else '--patch'} out.")
-    if locked:
-        lock.check_locked(config)
-    found = lock.read_config(config)
+    found = lock.check_locked(config) if locked else lock.read_config(config)
     return found.base, (*(f"{name}={reference}" for name, reference in found.patches.items()), *patches)
 
 
@@ -174,7 +181,7 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
     """Of each patch its name, the path that vLLM reads it from, the patch if it is one, and its rows."""
     from ksl_patch.interop import peft
     from ksl_patch.patch import check_name
-    from ksl_patch.store.local import Store, load
+    from ksl_patch.store.local import Store, find
     from ksl_patch.store.sign import PublicKey, load_signed
 
     public = None if key is None else PublicKey.load(key)
@@ -185,13 +192,15 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
         name, found, reference = given.partition("=")
         if not found:
             name, reference = "", given
-        if public is not None and not Path(reference).is_file():
-            raise RunError(f"{reference} is not a file, and only files can be signed: give a patch file's path.")
+        if public is not None and Path(reference).is_dir():
+            raise RunError(f"{reference} is a folder, and only patch files can be signed.")
         if Path(reference).is_dir():
             ids = peft.read_trainable_tokens(Path(reference), tied=False).token_ids
             entry = (name or Path(reference).name, str(Path(reference).resolve()), None, 2 * len(ids))
         else:
-            patch = load(reference) if public is None else load_signed(Path(reference), public)
+            file, patch = find(reference)
+            if public is not None:
+                patch = load_signed(file, public)
             count = len(patch.token_ids) * (1 if patch.output_rows is None else 2)
             entry = (name or patch.meta.name, str(store.add(patch).resolve()), patch, count)
         if check_name(entry[0]) in [other for other, *_ in served]:

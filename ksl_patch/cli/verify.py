@@ -17,7 +17,8 @@ import click
 def verify(reference: str, base: str | None, revision: str | None, key: Path | None, as_json: bool) -> None:
     """Check a patch: that it is sound, with --base that it belongs to that model, with --key that it is signed.
 
-    P is a file, or a name or digest of the local store. Exits with 0, or with 1 and the reason.
+    P is a file, a name or digest of the local store, or hf://ORG/REPO[@REV]/FILE. Exits with 0, or with 1
+    and the reason.
     """
     from ksl_patch.errors import BaseMismatchError, PatchError
     from ksl_patch.store import sign

@@ -71,7 +71,9 @@ def _section(patch: Patch, repo: str, file: str, base: str) -> str:
     }
     parts = [f"## {name}", _table(("", ""), [(key, value) for key, value in facts.items() if value])]
     if meta.template is not None:
-        parts.append(f"It was trained with this prompt, and its effect may depend on it:\n\n{_fence(meta.template.text)}")
+        parts.append(
+            f"It was trained with this prompt, and its effect may depend on it:\n\n{_fence(meta.template.text)}"
+        )
     if meta.tokens:
         more = f"\n... and {len(meta.tokens) - _TOKENS} more" if len(meta.tokens) > _TOKENS else ""
         parts.append("Its tokens:\n\n" + _fence(" ".join(repr(token) for token in meta.tokens[:_TOKENS]) + more))

@@ -1,6 +1,7 @@
 """The local store: patch files by the digest of their content, and names for some of them.
 
-    ROOT/patches/DIGEST.safetensors    a patch; never changes
+    ROOT/patches/DIGEST.safetensors    a patch; what it does never changes
+    ROOT/patches/DIGEST.safetensors.minisig    the signature of that file, where it was added with one
     ROOT/names/NAME                    the digest that a name stands for
     ROOT/lock, ROOT/in-use             held while something changes; held, shared, by who reads contents later
 
@@ -32,16 +33,26 @@ def default_root() -> Path:
     return Path(home) if home else user_cache_path("ksl_patch")
 
 
+def signature_path(file: Path) -> Path:
+    """Where the detached signature of a file is."""
+    return file.with_name(f"{file.name}.minisig")
+
+
 def is_digest(text: str) -> bool:
     """Whether a text is the digest of a patch: 64 digits of 0-9 and a-f."""
     return bool(_DIGEST.fullmatch(text))
 
 
 def find(reference: str) -> tuple[Path, Patch]:
-    """The file and the patch of a reference: a path, a digest, or a name of the local store. Raises PatchError.
+    """The file and the patch of a reference: a path, a digest or name of the local store, or hf://ORG/REPO/FILE.
 
-    What is here goes before what is in the store.
+    What is here goes before what is in the store. Raises PatchError.
     """
+    if reference.startswith("hf://"):
+        from ksl_patch.store import hub
+
+        path = hub.fetch(reference).path
+        return path, Patch.load(path)
     path = Path(reference)
     if path.exists() or os.sep in reference or reference.endswith(_SUFFIX):
         return path, Patch.load(path)
@@ -90,6 +101,28 @@ class Store:
             if name is not None:
                 self._write_name(check_name(name), patch.digest)
         return path
+
+    def add_file(self, file: Path, name: str | None = None) -> Patch:
+        """The same for a patch file, which is kept byte for byte with its signature where it has one.
+
+        Returns the patch. Raises PatchError.
+        """
+        signature = signature_path(file)
+        try:
+            content = file.read_bytes()
+            signed = signature.read_bytes() if signature.is_file() else None
+        except OSError as error:
+            raise PatchError(f"cannot read {error.filename or file}: {error.strerror or error}.") from error
+        try:
+            patch = Patch.from_bytes(content)
+        except PatchError as error:
+            raise PatchError(f"{file}: {error}") from error
+        path = self.add(patch, name)
+        if signed is not None:
+            with self._changing():
+                self._write(path, content)
+                self._write(signature_path(path), signed)
+        return patch
 
     def get(self, reference: str) -> Patch:
         """The patch of a digest or a name. Raises PatchError when it is not there, or is not what its name says."""
@@ -149,6 +182,7 @@ class Store:
             unnamed = [entry for entry in self.entries() if not entry.names]
             if not dry_run:
                 for entry in unnamed:
+                    signature_path(self.path(entry.digest)).unlink(missing_ok=True)
                     self.path(entry.digest).unlink(missing_ok=True)
                 for folder in ("patches", "names"):
                     for file in _files(self.root / folder, hidden=True):
@@ -187,9 +221,12 @@ class Store:
             os.close(handle)
 
     def _write_name(self, name: str, digest: str) -> None:
-        path = self.root / "names" / name
+        self._write(self.root / "names" / name, f"{digest}\n".encode())
+
+    @staticmethod
+    def _write(path: Path, content: bytes) -> None:
         try:
-            write_atomically(path, f"{digest}\n".encode())
+            write_atomically(path, content)
         except OSError as error:
             raise PatchError(f"cannot write {path}: {error.strerror or error}.") from error
 

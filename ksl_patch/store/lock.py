@@ -2,19 +2,21 @@
 
 base = "HuggingFaceTB/SmolLM2-135M-Instruct"
 [patches]
-es = "es.safetensors"     # a path from this file's folder, or a name or digest of the local store
+es = "es.safetensors"     # a path from this file's folder, a name or digest of the local store, or hf://ORG/REPO/FILE
 """
 
 from __future__ import annotations
 
 import os
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from ksl_patch.errors import PatchError, RunError
 from ksl_patch.patch import Patch, check_name, write_atomically
+from ksl_patch.store.hub import PREFIX, HubReference, fetch
 from ksl_patch.store.local import load
 
 VERSION = 1
@@ -28,11 +30,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Locked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a reference stood for when it was locked."""
+    """What a reference stood for when it was locked. revision: the commit, of a reference to the Hub."""
 
     reference: str
     digest: str
     base_fingerprint: str
+    revision: str | None = None
 
 
 class Lock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,10 +70,15 @@ def write_lock(path: Path) -> Lock:
     """Look every patch of a patches.toml up and write its lock. Raises RunError, PatchError."""
     config = read_config(path)
     given = tomllib.loads(path.read_text())["patches"]
-    patches = {name: load(reference) for name, reference in config.patches.items()}
+    pinned = {
+        name: fetch(reference).reference if reference.startswith(PREFIX) else None
+        for name, reference in sorted(config.patches.items())
+    }
+    patches = {name: load(str(pin or config.patches[name])) for name, pin in pinned.items()}
     _one_base(patches)
     entries = {
-        name: Locked(given[name], patch.digest, patch.meta.base.fingerprint) for name, patch in sorted(patches.items())
+        name: Locked(given[name], patch.digest, patch.meta.base.fingerprint, pin.revision if pin else None)
+        for (name, patch), pin in zip(patches.items(), pinned.values(), strict=True)
     }
     lock = Lock(VERSION, config.base, entries)
     content = msgspec.json.format(msgspec.json.encode(lock), indent=2) + b"\n"
@@ -81,8 +89,11 @@ def write_lock(path: Path) -> Lock:
     return lock
 
 
-def check_locked(path: Path) -> None:
-    """Raise RunError unless every patch of a patches.toml is what its lock says, and the lock is complete."""
+def check_locked(path: Path) -> Config:
+    """Read a patches.toml with the Hub's revisions of its lock.
+
+    Raises RunError unless every patch is what the lock says, and the lock is complete; PatchError for what is no patch.
+    """
     config, where = read_config(path), lock_path(path)
     try:
         lock = msgspec.json.decode(where.read_bytes(), type=Lock)
@@ -94,12 +105,18 @@ def check_locked(path: Path) -> None:
         raise RunError(f"{where} has version {lock.version}, and this ksl-patch reads {VERSION}.")
     if lock.base != config.base or lock.patches.keys() != config.patches.keys():
         raise RunError(f"{where} is not of this {path.name}, which was changed since: lock it again.")
+    found_at = {}
     for name, reference in config.patches.items():
+        entry = lock.patches[name]
+        if reference.startswith(PREFIX):
+            if entry.reference != reference:
+                raise RunError(f"{where} has {name} from {entry.reference}, not {reference}: lock it again.")
+            reference = str(replace(HubReference.parse(reference), revision=entry.revision))
+        found_at[name] = reference
         found = load(reference).digest
-        if found != lock.patches[name].digest:
-            raise RunError(
-                f"{name} is {found[:12]}, and {where} has {lock.patches[name].digest[:12]}: not what was locked."
-            )
+        if found != entry.digest:
+            raise RunError(f"{name} is {found[:12]}, and {where} has {entry.digest[:12]}: not what was locked.")
+    return Config(config.base, found_at)
 
 
 def _one_base(patches: dict[str, Patch]) -> None:
@@ -109,5 +126,7 @@ def _one_base(patches: dict[str, Patch]) -> None:
 
 
 def _absolute(reference: str, folder: Path) -> str:
+    if reference.startswith(PREFIX):
+        return reference
     is_path = os.sep in reference or reference.endswith(".safetensors")
     return str(folder / reference) if is_path else reference

@@ -1,4 +1,4 @@
-"""Names that vLLM does not know: files of the configured folders, and digests of the local store."""
+"""Names that vLLM does not know: files of the configured folders, digests of the local store, and ORG/REPO of the Hub."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vllm.lora.resolver import LoRAResolver
 
 from ksl_patch.errors import PatchError
 from ksl_patch.patch import Patch, check_name
+from ksl_patch.store.hub import HubReference, fetch
 from ksl_patch.store.local import Store, is_digest
 from ksl_patch.store.sign import PublicKey, load_signed
 from ksl_patch.vllm.settings import Settings
@@ -30,19 +31,31 @@ def inside(path: Path, folders: tuple[str, ...]) -> Path:
 
 def from_folders(path: Path, settings: Settings) -> Patch:
     """A patch of the configured folders, signed where a key is configured. Raises PatchError."""
-    real = inside(path, settings.folders)
-    return Patch.load(real) if settings.key is None else load_signed(real, PublicKey.load(Path(settings.key)))
+    return _load(inside(path, settings.folders), settings)
 
 
 def from_store(digest: str, settings: Settings) -> Patch:
-    """A patch of the local store. Raises PatchError, also where patches must be signed."""
-    if settings.key is not None:
-        raise PatchError("this server takes signed files, and the store keeps no signatures: give a file's path.")
-    return Store().get(digest)
+    """A patch of the local store, signed where a key is configured. Raises PatchError."""
+    patch = Store().get(digest)
+    if settings.key is not None and _load(Store().path(digest), settings).digest != digest:
+        raise PatchError(f"the store's {digest} has changed while it was read: try again.")
+    return patch
+
+
+def from_hub(reference: str, settings: Settings) -> Patch:
+    """A patch of an allowed organisation, signed where a key is configured. Raises PatchError."""
+    organisation = HubReference.parse(reference).organisation
+    if organisation not in settings.orgs:
+        raise PatchError(f"this server takes no patches of {organisation} on the Hub.")
+    return _load(fetch(reference).path, settings)
+
+
+def _load(path: Path, settings: Settings) -> Patch:
+    return Patch.load(path) if settings.key is None else load_signed(path, PublicKey.load(Path(settings.key)))
 
 
 class PatchResolver(LoRAResolver):  # type: ignore[misc]
-    """NAME is NAME.safetensors of a configured folder; 64 digits are a digest of the local store."""
+    """NAME is NAME.safetensors of a configured folder; 64 digits are a digest of the store; ORG/REPO is the Hub's."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -57,8 +70,10 @@ class PatchResolver(LoRAResolver):  # type: ignore[misc]
         return LoRARequest(lora_name, 1, str(path))
 
     def _find(self, name: str) -> Path:
-        check_name(name)
         store = Store()
+        if "/" in name:
+            return store.add(from_hub(name, self._settings))
+        check_name(name)
         if is_digest(name):
             return store.path(from_store(name, self._settings).digest)
         return store.add(from_folders(Path(f"{name}.safetensors"), self._settings))

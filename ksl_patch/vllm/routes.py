@@ -23,8 +23,9 @@ from vllm.lora.resolver import LoRAResolverRegistry
 from ksl_patch.base import tokenizer_digest
 from ksl_patch.errors import KslPatchError, PatchError, RunError
 from ksl_patch.patch import Patch, PatchMeta, check_name
+from ksl_patch.store.hub import HubReference
 from ksl_patch.store.local import Store
-from ksl_patch.vllm.resolver import PatchResolver, from_folders, from_store
+from ksl_patch.vllm.resolver import PatchResolver, from_folders, from_hub, from_store
 from ksl_patch.vllm.settings import Settings, read_settings
 
 logger = logging.getLogger("vllm.ksl_patch")
@@ -37,11 +38,12 @@ _LATENCY = {"buckets": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 
 
 class PatchFile(BaseModel):
-    """What to load: a file's path, in the configured folders, or a digest of the local store."""
+    """What to load: a file's path, in the configured folders, a digest of the local store, or ORG/REPO of the Hub."""
 
     model_config = ConfigDict(extra="forbid")
     path: str | None = Field(None, max_length=4096)
     digest: str | None = Field(None, max_length=64)
+    hub: str | None = Field(None, max_length=1024)
 
 
 class NamedPatchFile(PatchFile):
@@ -77,7 +79,7 @@ class PatchRoutes:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes. The resolver must be known before vLLM's own state is made."""
         settings = read_settings(getattr(app.state.args, "additional_config", None))
-        if settings.folders:
+        if settings.folders or settings.orgs:
             LoRAResolverRegistry.register_resolver("ksl_patch", PatchResolver(settings))
         app.include_router(router)
         app.add_middleware(Prompts, state=app.state, guard=settings.guard)
@@ -217,8 +219,8 @@ class Patches:
 
     async def _read(self, file: PatchFile) -> Patch:
         self.may_change()
-        if (file.path is None) == (file.digest is None):
-            raise _RefusalError(400, "give either the path or the digest of a patch.")
+        if sum(where is not None for where in (file.path, file.digest, file.hub)) != 1:
+            raise _RefusalError(400, "give one of the path, the digest, and the Hub's reference of a patch.")
         try:
             patch = await asyncio.to_thread(_open, file, self.settings)
             tokenizer = self._engine.tokenizer
@@ -321,10 +323,10 @@ async def list_patches(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [patches.describe(name) for name in patches.names()]}
 
 
-@router.get("/{name}")
+@router.get("/{name:path}")
 async def show_patch(name: str, request: Request) -> dict[str, Any]:
     """One patch, with the template it was trained with."""
-    return _patches(request).describe(_named(name), full=True)
+    return _patches(request).describe(_known(name), full=True)
 
 
 @router.post("", status_code=201)
@@ -334,20 +336,20 @@ async def load_patch(file: NamedPatchFile, request: Request) -> dict[str, Any]:
     return patches.describe(await patches.load(file, file.name), full=True)
 
 
-@router.put("/{name}")
+@router.put("/{name:path}")
 async def replace_patch(name: str, file: PatchFile, request: Request) -> dict[str, Any]:
     """Put another patch behind a name, from the next request on."""
     patches = _patches(request)
-    await patches.replace(_named(name), file)
+    await patches.replace(_known(name), file)
     return patches.describe(name, full=True)
 
 
-@router.delete("/{name}")
+@router.delete("/{name:path}")
 async def unload_patch(name: str, request: Request, wait: float = 0.0) -> dict[str, Any]:
     """Forget a patch. wait: seconds to give the requests that use it; 409 when some still do then."""
     patches = _patches(request)
     patches.may_change()
-    await patches.unload(_named(name), min(max(wait, 0.0), 600.0))
+    await patches.unload(_known(name), min(max(wait, 0.0), 600.0))
     return {"name": name, "unloaded": True}
 
 
@@ -363,9 +365,22 @@ def _named(name: str) -> str:
         raise _RefusalError(400, str(error)) from error
 
 
+def _known(name: str) -> str:
+    """A name of a patch, or of one on the Hub. Raises a 400."""
+    if "/" in name:
+        try:
+            HubReference.parse(name)
+        except PatchError as error:
+            raise _RefusalError(400, str(error)) from error
+        return name
+    return _named(name)
+
+
 def _open(file: PatchFile, settings: Settings) -> Patch:
     if file.digest is not None:
         return from_store(file.digest, settings)
+    if file.hub is not None:
+        return from_hub(file.hub, settings)
     if "\0" in (file.path or ""):
         raise RunError("the path has a NUL in it.")
     return from_folders(Path(file.path or ""), settings)

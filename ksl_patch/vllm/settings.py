@@ -17,12 +17,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_rows: rows that every slot has room for; None for vLLM's `--max-lora-rank`.
     folders: where names that are not loaded are looked up, and what the routes may load from.
     runtime: whether the routes may load, replace and unload. template: whether prompts get the patch's template.
+    orgs: users and organisations of the Hub whose patches a request, or the routes, may name.
     guard: whether vLLM's own routes for adapters, which read any path, are closed.
-    key: file of the public key that every patch from a folder must be signed with.
+    key: file of the public key that every patch must be signed with.
     """
 
     max_rows: int | None = None
     folders: tuple[str, ...] = ()
+    orgs: tuple[str, ...] = ()
     runtime: bool = False
     template: bool = False
     guard: bool = False

@@ -1,0 +1,39 @@
+"""`ksl-patch pull`: a patch of the Hub into the local store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("reference", metavar="ORG/REPO[@REV][/FILE]")
+@click.option("--name", metavar="NAME", help="The name it is to have; by default its own.")
+@click.option("--key", type=click.Path(path_type=Path), help="Refuse it unless it is signed with this public key.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def pull(reference: str, name: str | None, key: Path | None, as_json: bool) -> None:
+    """Fetch a patch, and its signature where it has one, from the Hugging Face Hub into the local store.
+
+    FILE may be left out where the repository has one patch. For a private repository sign in with `hf auth login`, or
+    set HF_TOKEN. Offline, or with HF_HUB_OFFLINE=1, it comes from the Hub's cache.
+    """
+    from ksl_patch.patch import Patch
+    from ksl_patch.store.hub import fetch
+    from ksl_patch.store.local import Store
+    from ksl_patch.store.sign import PublicKey, load_signed
+
+    fetched = fetch(reference)
+    patch = Patch.load(fetched.path) if key is None else load_signed(fetched.path, PublicKey.load(key))
+    store, own = Store(), name or patch.meta.name
+    store.add_file(fetched.path, own)
+    found = fetched.reference
+    if as_json:
+        click.echo(
+            json.dumps(
+                {"name": own, "digest": patch.digest, "path": str(store.path(patch.digest)), "reference": str(found)}
+            )
+        )
+    else:
+        click.echo(f"{own}: {patch.digest}, from {found}")
