@@ -98,7 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
                 wanted = json.loads(self.body)
                 repo = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
                 if repo in self.hub.repos:
-                    return self._refuse(409, "", "You already created this model repo")
+                    known = {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo}"}
+                    return self._send(409, json.dumps(known).encode())
                 self.hub.repos[repo] = Repo(
                     private=bool(wanted.get("private") or wanted.get("visibility") == "private")
                 )

@@ -52,9 +52,8 @@ def make_card(patch: Patch, repo: str, file: str, old: str | None, *, base_model
     return f"---\n{header}\n---\n\n{text.strip()}\n"
 
 
-_WHAT = """An *embedding patch* replaces a handful of rows of a language model's embedding table. It holds data alone, no code,
-and one model in memory serves any number of patches, another one for each request
-([ksl_patch](https://pypi.org/project/ksl-patch/))."""
+_WHAT = """An *embedding patch* replaces a handful of rows of a language model's embedding table. It is data, no code,
+and one model in memory serves any number of patches, another one for each request (`pip install ksl-patch`)."""
 
 
 def _section(patch: Patch, repo: str, file: str, base: str) -> str:

@@ -1,4 +1,4 @@
-"""Names that vLLM does not know: files of the configured folders, digests of the local store, and ORG/REPO of the Hub."""
+"""Names that vLLM does not know: files of configured folders, digests of the local store, and ORG/REPO of the Hub."""
 
 from __future__ import annotations
 
