@@ -140,8 +140,14 @@ def test_the_commands(model, tmp_path, monkeypatch):
     code, out, err = run_cli(*serve, file)
     assert code == 0, err
     assert f"{key}.pub" in out
-    code, _, err = run_cli(*serve, "0" * 64)
-    assert (code, "only files can be signed" in err) == (1, True)
+    code, _, err = run_cli(*serve, tmp_path)
+    assert (code, "only patch files can be signed" in err) == (1, True)
+    assert run_cli("add", file)[0] == 0  # the store keeps the signature
+    assert run_cli(*serve, "es")[0] == 0
+    some_patch(model, 2).with_meta(name="fr").save(file)
+    assert run_cli("add", file.rename(tmp_path / "fr.safetensors"))[0] == 0
+    code, _, err = run_cli(*serve, "fr")
+    assert (code, "is not signed" in err) == (1, True)
     (tmp_path / "note.txt").write_text("x")
     code, _, err = run_cli("sign", tmp_path / "note.txt", "--key", key)
     assert (code, len(err.strip().splitlines())) == (1, 1)
