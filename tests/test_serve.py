@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import tiny_llama
+from hub_server import Hub, Repo
 from test_hf import overwritten, some_patch
 
 from ksl_patch import Patch
@@ -125,10 +126,22 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(base, folder, home, tmp_path_factory):
+def hub(folder):
+    """A Hub on loopback where two organisations have the same patches."""
+    hub = Hub()
+    for repo in ("org/langs", "evil/langs"):
+        hub.repos[repo] = Repo()
+        hub.repos[repo].commit({f"p{n}.safetensors": (folder / f"p{n}.safetensors").read_bytes() for n in (6, 7)})
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def server(base, folder, home, hub, tmp_path_factory):
     flags = ["--patch", f"es={folder / 'p0.safetensors'}", "--patch", str(folder / "p1.safetensors")]
-    flags += ["--folder", str(folder), "--allow-runtime-patches", "--api-key", KEY]
-    server = Server(base, tmp_path_factory.mktemp("log") / "server.log", *flags, home=home)
+    flags += ["--folder", str(folder), "--allow-runtime-patches", "--api-key", KEY, "--hub-org", "org"]
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path_factory.mktemp("hf"))}
+    server = Server(base, tmp_path_factory.mktemp("log") / "server.log", *flags, home=home, **settings)
     try:
         yield server.wait()
     finally:
@@ -197,6 +210,25 @@ def joined(*chunks):
     for place, tokens in itertools.chain(*chunks):
         texts[place] = texts.get(place, []) + tokens
     return [texts[place] for place in sorted(texts)]
+
+
+def test_patches_of_an_allowed_organisation_of_the_hub_are_found(server, hub, expected):
+    import openai
+
+    name = "org/langs@main/p6.safetensors"
+    assert server.tokens(name, TEXT) == expected(6, TEXT)
+    assert server.http("GET", f"/v1/patches/{name}").json()["name"] == name
+    answer = server.http("POST", "/v1/patches", {"name": "hubs", "hub": "hf://org/langs/p7.safetensors"})
+    assert answer.status_code == 201, answer.text
+    assert server.tokens("hubs", TEXT) == expected(7, TEXT)
+    hub.seen.clear()
+    with pytest.raises(openai.NotFoundError):
+        server.tokens("evil/langs/p6.safetensors", TEXT)
+    answer = server.http("POST", "/v1/patches", {"name": "evil", "hub": "evil/langs/p6.safetensors"})
+    assert (answer.status_code, "takes no patches of evil" in answer.text) == (400, True)
+    assert hub.seen == []
+    assert server.http("DELETE", f"/v1/patches/{name}").status_code == 200
+    assert server.http("DELETE", "/v1/patches/hubs").status_code == 200
 
 
 def test_a_replaced_name_changes_for_the_next_request_alone(server, expected):
