@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 
 @click.command()
 @click.argument("reference", metavar="NAME|DIGEST")
-def path(reference: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def path(reference: str, as_json: bool) -> None:
     """Print the file of a name or digest of the local store, after checking what it holds."""
     from ksl_patch.store.local import Store
 
     store = Store()
-    click.echo(store.path(store.get(reference).digest))
+    digest = store.get(reference).digest
+    click.echo(json.dumps({"digest": digest, "path": str(store.path(digest))}) if as_json else store.path(digest))
