@@ -21,6 +21,7 @@ from ksl_patch.continuous import ContinuousBatching
 from ksl_patch.errors import RunError
 from ksl_patch.overlay import Overlay
 from ksl_patch.patch import Patch, PatchMeta, check_name
+from ksl_patch.store.hub import PREFIX
 from ksl_patch.store.local import load
 
 
@@ -346,7 +347,7 @@ class PatchHandle:
             raise RunError("the handle is detached from its model: attach again.")
 
     def _read(self, patch: Patch | str | os.PathLike[str]) -> Patch:
-        if isinstance(patch, str) and patch.startswith("hf://"):
+        if isinstance(patch, str) and patch.startswith(PREFIX):
             patch = load(patch)
         patch = patch if isinstance(patch, Patch) else Patch.load(patch)
         if self._merged is not None:

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 @dataclass
 class Repo:
-    """files: content by path, for each commit."""
+    """commits: content by path, for each commit. refs: the commit of each branch."""
 
     private: bool = False
     gated: bool = False
@@ -23,6 +23,10 @@ class Repo:
         sha = hashlib.sha1(f"{len(self.commits)} {sorted(files)}".encode()).hexdigest()
         self.commits[sha], self.refs[ref] = {**before, **files}, sha
         return sha
+
+    def read(self, path):
+        """A file's text on the main branch."""
+        return self.commits[self.refs["main"]][path].decode()
 
     def sha(self, revision):
         return self.refs.get(revision, revision if revision in self.commits else None)
@@ -80,18 +84,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.fault = next((f for each in self.hub.faults if (f := each(self.command, url.path))), None)
         if self.fault and self.fault[0] == "status":
             _, code, headers, message = self.fault
-            return self._send(code, json.dumps({"error": message}).encode(), {**headers, "X-Error-Message": message})
+            return self._refuse(code, "", message, headers)
         return self._route()
 
     def _route(self):
-        parts, post = self.parts, self.command == "POST"
+        parts = self.parts
         authorised = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
         if parts[:2] == ["api", "validate-yaml"]:
             return self._json({"errors": [], "warnings": []})
         if parts[0] == "lfs" and self.command == "PUT":
             self.hub.lfs[parts[1]] = self.body
             return self._send(200)
-        if post or self.command == "PUT":
+        if self.command == "POST":
             if not authorised:
                 return self._refuse(401, "", "Invalid username or password.")
             if parts == ["api", "repos", "create"]:
@@ -123,12 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _api(self, repo, name, rest):
         kind, revision = rest[0] if rest else "revision", rest[1] if len(rest) > 1 else "main"
         if kind == "preupload":
-            files = json.loads(self.body)["files"]
-            mode = {True: "lfs", False: "regular"}
-            return self._json({"files": [
-                {"path": f["path"], "uploadMode": mode[f["path"].endswith(".safetensors")], "shouldIgnore": False}
-                for f in files
-            ]})  # fmt: skip
+            paths = [file["path"] for file in json.loads(self.body)["files"]]
+            mode = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in paths}
+            files = [{"path": path, "uploadMode": mode[path], "shouldIgnore": False} for path in paths]
+            return self._json({"files": files})
         sha = repo.sha(revision)
         if sha is None:
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")

@@ -102,8 +102,7 @@ def test_the_card_says_what_the_patch_says_and_keeps_the_others(hub, file, model
     for each in (file, fr, file):
         code, _, err = run_cli("push", each, "org/langs", "--base-model", "org/base")
         assert code == 0, err
-    repo = hub.repos["org/langs"]
-    text = repo.commits[repo.refs["main"]]["README.md"].decode()
+    text = hub.repos["org/langs"].read("README.md")
     card = huggingface_hub.ModelCard(text)
     assert card.data.base_model == "org/base"
     assert card.data.to_dict()["base_model_relation"] == "adapter"
@@ -119,7 +118,7 @@ def test_the_cards_own_words_stay(hub, file):
     hub.repos["org/langs"] = Repo()
     hub.repos["org/langs"].commit({"README.md": b"---\nlicense: mit\ntags:\n- mine\n---\n\n# Mine\n\nMy words.\n"})
     assert run_cli("push", file, "org/langs", "--base-model", "org/base")[0] == 0
-    text = hub.repos["org/langs"].commits[hub.repos["org/langs"].refs["main"]]["README.md"].decode()
+    text = hub.repos["org/langs"].read("README.md")
     assert "# Mine\n\nMy words.\n\n<!-- ksl_patch es.safetensors -->" in text
     assert huggingface_hub.ModelCard(text).data.tags == ["mine", "embedding-patch", "ks-lottery"]
 

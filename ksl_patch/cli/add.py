@@ -19,10 +19,10 @@ def add(files: tuple[Path, ...], name: str | None, as_json: bool) -> None:
     from ksl_patch.patch import Patch
     from ksl_patch.store.local import Store
 
-    store = Store()
-    for own, file in [(name or Patch.load(file).meta.name, file) for file in files]:
-        patch = store.add_file(file, own)
-        path = store.path(patch.digest)
+    patches = [Patch.load(file) for file in files]
+    for patch, file in zip(patches, files, strict=True):
+        own = name or patch.meta.name
+        path = Store().add(patch, own, source=file)
         if as_json:
             click.echo(json.dumps({"name": own, "digest": patch.digest, "path": str(path)}))
         else:

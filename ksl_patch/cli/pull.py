@@ -26,14 +26,9 @@ def pull(reference: str, name: str | None, key: Path | None, as_json: bool) -> N
 
     fetched = fetch(reference)
     patch = Patch.load(fetched.path) if key is None else load_signed(fetched.path, PublicKey.load(key))
-    store, own = Store(), name or patch.meta.name
-    store.add_file(fetched.path, own)
-    found = fetched.reference
+    own, found = name or patch.meta.name, str(fetched.reference)
+    path = Store().add(patch, own, source=fetched.path)
     if as_json:
-        click.echo(
-            json.dumps(
-                {"name": own, "digest": patch.digest, "path": str(store.path(patch.digest)), "reference": str(found)}
-            )
-        )
+        click.echo(json.dumps({"name": own, "digest": patch.digest, "path": str(path), "reference": found}))
     else:
         click.echo(f"{own}: {patch.digest}, from {found}")

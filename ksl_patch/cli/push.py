@@ -34,7 +34,7 @@ def push(
     url = hub.push(
         path, own, repo, revision=revision, private=private, create_pr=create_pr, message=message, base_model=base_model
     )
-    where = f"hf://{repo}{f'@{revision}' if revision else ''}/{own}.safetensors"
+    where = str(hub.HubReference(repo, revision, f"{own}.safetensors"))
     if as_json:
         click.echo(json.dumps({"reference": where, "digest": patch.digest, "url": url}))
     else:

@@ -111,7 +111,8 @@ def serve(
         raise click.UsageError("name a BASE, or a --config that does.")
     if allow_runtime_patches and not ("--api-key" in flags or os.environ.get("VLLM_API_KEY")):
         raise RunError("--allow-runtime-patches needs an API key: give --api-key KEY, or set VLLM_API_KEY.")
-    changing, api_servers = bool(folders or orgs) or allow_runtime_patches, _api_servers(flags)
+    looks_up = bool(folders or orgs)  # names that a request brings
+    changing, api_servers = looks_up or allow_runtime_patches, _api_servers(flags)
     if changing and api_servers not in (None, "1"):
         raise RunError("names that change while serving belong to one API server: leave --api-server-count out.")
     served = _read(patches, key)
@@ -127,7 +128,7 @@ def serve(
         "orgs": list(orgs),
         "runtime": allow_runtime_patches,
         "template": apply_template,
-        "guard": bool(folders or orgs) and not os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+        "guard": looks_up and not os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
         "key": None if key is None else str(key.resolve()),
     }
     read_settings(given)
@@ -141,7 +142,7 @@ def serve(
     command += ["--additional-config", json.dumps(given)]
     command += ["--lora-modules", *modules] if modules else []
     command += flags
-    environment = {"VLLM_PLUGINS": _plugins()} | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if folders or orgs else {})
+    environment = {"VLLM_PLUGINS": _plugins()} | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if looks_up else {})
     if dry_run:
         if as_json:
             click.echo(json.dumps({"environment": environment, "command": command}))

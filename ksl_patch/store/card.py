@@ -30,13 +30,12 @@ def make_card(patch: Patch, repo: str, file: str, old: str | None, *, base_model
     except (ValueError, TypeError) as error:
         raise HubError(f"the card of {repo} cannot be read ({error}): mend its metadata first.") from error
     data = card.data.to_dict()
-    licences = _with(data.get("license"), meta.licence.lower() if meta.licence else None)
     data |= {
         "base_model": _plain(_with(data.get("base_model"), base)),
         "base_model_relation": "adapter",
         "library_name": "ksl_patch",
         "language": _with(data.get("language"), meta.language.split("-")[0].lower() if meta.language else None),
-        "license": _plain(licences),
+        "license": _plain(_with(data.get("license"), meta.licence.lower() if meta.licence else None)),
         "tags": _with(data.get("tags"), *_TAGS),
     }
     begin, end = f"<!-- ksl_patch {file} -->", f"<!-- /ksl_patch {file} -->"

@@ -107,14 +107,14 @@ def push(
     repo: ORG/REPO, made when it is not there. private: of a new one. base_model: the base's id on the Hub, where the
     patch does not say it. The card keeps what it has of other patches. Raises HubError, PatchError.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+    from huggingface_hub import CommitOperationAdd, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     file = f"{name}{_SUFFIX}"
-    target = HubReference.parse(f"{PREFIX}{repo}{f'@{revision}' if revision else ''}/{file}")
+    target = HubReference.parse(str(HubReference(repo, revision, file)))
     loaded = Patch.load(patch)
-    signature = patch.with_name(patch.name + sign.SUFFIX)
-    api = HfApi(library_name="ksl_patch", library_version=__version__)
+    signature = sign.signature_path(patch)
+    api = _api()
     with _reasons(target):
         api.create_repo(target.repo, private=private, exist_ok=True)
         try:
@@ -137,12 +137,17 @@ def push(
     return str(commit.pr_url or commit.commit_url)
 
 
+def _api() -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="ksl_patch", library_version=__version__)
+
+
 def _download(reference: HubReference) -> Fetched:
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.hf_api import RepoFile
 
-    api = HfApi(library_name="ksl_patch", library_version=__version__)
-    tree = api.list_repo_tree(reference.repo, revision=reference.revision, recursive=True)
+    tree = _api().list_repo_tree(reference.repo, revision=reference.revision, recursive=True)
     files = {entry.path: entry for entry in islice(tree, _MOST_FILES) if isinstance(entry, RepoFile)}
     file = _choose(reference, [path for path in files if path.endswith(_SUFFIX)])
     paths = []
@@ -183,7 +188,8 @@ def _choose(reference: HubReference, files: list[str]) -> str:
         return reference.file
     if len(files) != 1:
         raise HubError(f"{reference.repo} has {_listed(files)}: say which, as in {reference}/NAME{_SUFFIX}.")
-    return HubReference.parse(f"{reference.repo}/{files[0]}").file or files[0]
+    HubReference.parse(f"{reference.repo}/{files[0]}")  # a repository may call its files anything
+    return files[0]
 
 
 def _listed(files: list[str]) -> str:
@@ -242,9 +248,11 @@ def _reasons(reference: HubReference) -> Iterator[None]:
         raise HubError("HF_HUB_OFFLINE is set, and this needs the Hub.") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        what = "the token is not valid, sign in again with `hf auth login`" if status == 401 else "try again later"
-        if status in (403, 412):
-            what = {403: "your token may not do this", 412: "it changed meanwhile, try again"}[status]
+        what = {
+            401: "the token is not valid, sign in again with `hf auth login`",
+            403: "your token may not do this",
+            412: "it changed meanwhile, try again",
+        }.get(status, "try again later")
         raise HubError(f"the Hub answers {status} for {reference.repo}: {_said(error)} ({what}).") from error
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise HubError(f"the Hub cannot be used for {reference.repo}: {_said(error)}.") from error

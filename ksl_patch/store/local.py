@@ -22,6 +22,8 @@ from platformdirs import user_cache_path
 
 from ksl_patch.errors import PatchError
 from ksl_patch.patch import Patch, check_name, write_atomically
+from ksl_patch.store.hub import PREFIX, fetch
+from ksl_patch.store.sign import signature_path
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SUFFIX = ".safetensors"
@@ -31,11 +33,6 @@ def default_root() -> Path:
     """KSL_PATCH_HOME, or a folder of the user's cache."""
     home = os.environ.get("KSL_PATCH_HOME")
     return Path(home) if home else user_cache_path("ksl_patch")
-
-
-def signature_path(file: Path) -> Path:
-    """Where the detached signature of a file is."""
-    return file.with_name(f"{file.name}.minisig")
 
 
 def is_digest(text: str) -> bool:
@@ -48,10 +45,8 @@ def find(reference: str) -> tuple[Path, Patch]:
 
     What is here goes before what is in the store. Raises PatchError.
     """
-    if reference.startswith("hf://"):
-        from ksl_patch.store import hub
-
-        path = hub.fetch(reference).path
+    if reference.startswith(PREFIX):
+        path = fetch(reference).path
         return path, Patch.load(path)
     path = Path(reference)
     if path.exists() or os.sep in reference or reference.endswith(_SUFFIX):
@@ -89,40 +84,21 @@ class Store:
             raise PatchError(f"{digest[:80]!r} is not a digest: it has 64 digits of 0-9 and a-f.")
         return self.root / "patches" / f"{digest}{_SUFFIX}"
 
-    def add(self, patch: Patch, name: str | None = None) -> Path:
+    def add(self, patch: Patch, name: str | None = None, *, source: Path | None = None) -> Path:
         """Put a patch into the store, unless it is there, and return its file.
 
-        name: a name for it, which another content may have had. Raises PatchError.
+        name: a name for it, which another content may have had. source: the file that it was read from; where that is
+        signed, it is kept byte for byte with its signature. Raises PatchError.
         """
         path = self.path(patch.digest)
         with self._changing():
-            if not path.is_file():
+            if source is not None and signature_path(source).is_file():
+                self._copy_signed(source, patch.digest)
+            elif not path.is_file():
                 patch.save(path)
             if name is not None:
                 self._write_name(check_name(name), patch.digest)
         return path
-
-    def add_file(self, file: Path, name: str | None = None) -> Patch:
-        """The same for a patch file, which is kept byte for byte with its signature where it has one.
-
-        Returns the patch. Raises PatchError.
-        """
-        signature = signature_path(file)
-        try:
-            content = file.read_bytes()
-            signed = signature.read_bytes() if signature.is_file() else None
-        except OSError as error:
-            raise PatchError(f"cannot read {error.filename or file}: {error.strerror or error}.") from error
-        try:
-            patch = Patch.from_bytes(content)
-        except PatchError as error:
-            raise PatchError(f"{file}: {error}") from error
-        path = self.add(patch, name)
-        if signed is not None:
-            with self._changing():
-                self._write(path, content)
-                self._write(signature_path(path), signed)
-        return patch
 
     def get(self, reference: str) -> Patch:
         """The patch of a digest or a name. Raises PatchError when it is not there, or is not what its name says."""
@@ -219,6 +195,17 @@ class Store:
             yield
         finally:
             os.close(handle)
+
+    def _copy_signed(self, source: Path, digest: str) -> None:
+        path = self.path(digest)
+        try:
+            content, signature = source.read_bytes(), signature_path(source).read_bytes()
+        except OSError as error:
+            raise PatchError(f"cannot read {error.filename or source}: {error.strerror or error}.") from error
+        if Patch.from_bytes(content).digest != digest:
+            raise PatchError(f"{source} has changed while it was read: add it again.")
+        self._write(path, content)
+        self._write(signature_path(path), signature)
 
     def _write_name(self, name: str, digest: str) -> None:
         self._write(self.root / "names" / name, f"{digest}\n".encode())

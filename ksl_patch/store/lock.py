@@ -23,7 +23,7 @@ VERSION = 1
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A patches.toml. patches: reference by name; paths are absolute once read."""
+    """A patches.toml. patches: reference by name."""
 
     base: str
     patches: dict[str, str]
@@ -47,7 +47,11 @@ class Lock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_config(path: Path) -> Config:
-    """Read a patches.toml. Raises RunError for what is not one."""
+    """Read a patches.toml, with its paths made absolute. Raises RunError for what is not one."""
+    return _resolved(_parse(path), path)
+
+
+def _parse(path: Path) -> Config:
     try:
         with path.open("rb") as file:
             config = msgspec.convert(tomllib.load(file), Config)
@@ -57,6 +61,10 @@ def read_config(path: Path) -> Config:
         raise RunError(f"cannot read {path}: {error.strerror or error}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError, PatchError) as error:
         raise RunError(f"{path} is not a list of patches: {error}.") from error
+    return config
+
+
+def _resolved(config: Config, path: Path) -> Config:
     folder = path.resolve().parent
     return Config(config.base, {name: _absolute(reference, folder) for name, reference in config.patches.items()})
 
@@ -68,18 +76,12 @@ def lock_path(config: Path) -> Path:
 
 def write_lock(path: Path) -> Lock:
     """Look every patch of a patches.toml up and write its lock. Raises RunError, PatchError."""
-    config = read_config(path)
-    given = tomllib.loads(path.read_text())["patches"]
-    pinned = {
-        name: fetch(reference).reference if reference.startswith(PREFIX) else None
-        for name, reference in sorted(config.patches.items())
-    }
-    patches = {name: load(str(pin or config.patches[name])) for name, pin in pinned.items()}
-    _one_base(patches)
+    config = _parse(path)
     entries = {
-        name: Locked(given[name], patch.digest, patch.meta.base.fingerprint, pin.revision if pin else None)
-        for (name, patch), pin in zip(patches.items(), pinned.values(), strict=True)
+        name: _lock(config.patches[name], reference)
+        for name, reference in sorted(_resolved(config, path).patches.items())
     }
+    _one_base(entries)
     lock = Lock(VERSION, config.base, entries)
     content = msgspec.json.format(msgspec.json.encode(lock), indent=2) + b"\n"
     try:
@@ -119,8 +121,18 @@ def check_locked(path: Path) -> Config:
     return Config(config.base, found_at)
 
 
-def _one_base(patches: dict[str, Patch]) -> None:
-    bases = {patch.meta.base.fingerprint for patch in patches.values()}
+def _lock(given: str, reference: str) -> Locked:
+    """What a reference stands for now. given: as the patches.toml has it."""
+    if reference.startswith(PREFIX):
+        fetched = fetch(reference)
+        patch, revision = Patch.load(fetched.path), fetched.reference.revision
+    else:
+        patch, revision = load(reference), None
+    return Locked(given, patch.digest, patch.meta.base.fingerprint, revision)
+
+
+def _one_base(entries: dict[str, Locked]) -> None:
+    bases = {entry.base_fingerprint for entry in entries.values()}
     if len(bases) > 1:
         raise RunError(f"the patches are for {len(bases)} different bases, and one server has one.")
 

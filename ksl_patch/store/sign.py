@@ -22,6 +22,11 @@ _PLAIN, _HASHED = b"Ed", b"ED"  # of a key, and of a signature over a file's has
 _MAX = 4096
 
 
+def signature_path(file: Path) -> Path:
+    """Where the detached signature of a file is."""
+    return file.with_name(file.name + SUFFIX)
+
+
 @dataclass(frozen=True)
 class PublicKey:
     """number: the key's id, 8 bytes. key: 32 bytes."""
@@ -86,7 +91,7 @@ def sign(file: Path, key: Path) -> Path:
         f"untrusted comment: signature of a patch\n{_encode(_HASHED + number + signature)}\n"
         f"trusted comment: {trusted}\n{_encode(private.sign(signature + trusted.encode()))}\n"
     )
-    path = file.with_name(file.name + SUFFIX)
+    path = signature_path(file)
     try:
         write_atomically(path, text.encode())
     except OSError as error:
@@ -113,7 +118,7 @@ def _verify(file: Path, content: bytes, key: PublicKey) -> str:
     ed25519 = _ed25519()
     from cryptography.exceptions import InvalidSignature
 
-    path = file.with_name(file.name + SUFFIX)
+    path = signature_path(file)
     if not path.is_file():
         raise PatchError(f"{file} is not signed: there is no {path.name} beside it.")
     lines = _lines(path)

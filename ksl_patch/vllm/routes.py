@@ -326,7 +326,7 @@ async def list_patches(request: Request) -> dict[str, Any]:
 @router.get("/{name:path}")
 async def show_patch(name: str, request: Request) -> dict[str, Any]:
     """One patch, with the template it was trained with."""
-    return _patches(request).describe(_known(name), full=True)
+    return _patches(request).describe(_named(name, hub=True), full=True)
 
 
 @router.post("", status_code=201)
@@ -340,7 +340,7 @@ async def load_patch(file: NamedPatchFile, request: Request) -> dict[str, Any]:
 async def replace_patch(name: str, file: PatchFile, request: Request) -> dict[str, Any]:
     """Put another patch behind a name, from the next request on."""
     patches = _patches(request)
-    await patches.replace(_known(name), file)
+    await patches.replace(_named(name, hub=True), file)
     return patches.describe(name, full=True)
 
 
@@ -349,7 +349,7 @@ async def unload_patch(name: str, request: Request, wait: float = 0.0) -> dict[s
     """Forget a patch. wait: seconds to give the requests that use it; 409 when some still do then."""
     patches = _patches(request)
     patches.may_change()
-    await patches.unload(_known(name), min(max(wait, 0.0), 600.0))
+    await patches.unload(_named(name, hub=True), min(max(wait, 0.0), 600.0))
     return {"name": name, "unloaded": True}
 
 
@@ -358,22 +358,16 @@ def _patches(request: Request) -> Patches:
     return patches
 
 
-def _named(name: str) -> str:
+def _named(name: str, *, hub: bool = False) -> str:
+    """A patch's name. hub: or a reference to the Hub, as a request may have had it. Raises a 400."""
     try:
-        return check_name(name)
+        if hub and "/" in name:
+            HubReference.parse(name)
+        else:
+            check_name(name)
     except PatchError as error:
         raise _RefusalError(400, str(error)) from error
-
-
-def _known(name: str) -> str:
-    """A name of a patch, or of one on the Hub. Raises a 400."""
-    if "/" in name:
-        try:
-            HubReference.parse(name)
-        except PatchError as error:
-            raise _RefusalError(400, str(error)) from error
-        return name
-    return _named(name)
+    return name
 
 
 def _open(file: PatchFile, settings: Settings) -> Patch:
