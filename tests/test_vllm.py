@@ -434,7 +434,7 @@ def test_a_folder_of_a_server_that_wants_signatures_gives_signed_patches_alone(m
         with pytest.raises(PatchError, match=why):
             from_folders(Path(f"{name}.safetensors"), settings)
     Store().add(patch)
-    with pytest.raises(PatchError, match="takes signed files"):
+    with pytest.raises(PatchError, match="is not signed"):
         from_store(patch.digest, settings)
 
     def resolve(name):
