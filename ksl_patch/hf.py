@@ -408,11 +408,16 @@ class PatchHandle:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt. stopped: it ended by itself with an end-of-sequence token."""
+    """What a model wrote after a prompt. stopped: it ended by itself with an end-of-sequence token, the last one."""
 
     text: str
     stopped: bool
-    tokens: int
+    token_ids: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it wrote."""
+        return len(self.token_ids)
 
 
 def load_base(
@@ -520,7 +525,8 @@ def _batches(
         for i, new in zip(part, output[:, width:].tolist(), strict=True):
             end = next((n for n, token in enumerate(new) if token in ends), None)
             text = tokenizer.decode(new[:end], skip_special_tokens=True)
-            completions[i] = Completion(text=text, stopped=end is not None, tokens=len(new) if end is None else end + 1)
+            written = tuple(new if end is None else new[: end + 1])
+            completions[i] = Completion(text=text, stopped=end is not None, token_ids=written)
     return [completions[i] for i in range(len(prompts))]
 
 

@@ -22,12 +22,12 @@ DEFAULT_CAP = 1024
 class Ticket:
     """Selected token ids in ascending order, int64 [k].
 
-    selection: "ks" for a ticket by the test, else the control that selected the rows.
+    selection: "ks" for a ticket by the test, "all" for every row that was trained, else the control that chose them.
     statistic, pvalue: the test's outcome for each, float64 [k]; None for a control, which needs no test.
     """
 
     token_ids: np.ndarray
-    selection: Selection
+    selection: Selection | Literal["all"]
     alpha: float | None = None
     top_k: int | None = None
     statistic: np.ndarray | None = None

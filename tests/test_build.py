@@ -64,7 +64,7 @@ def test_a_build_gives_a_patch_of_the_rows_that_the_test_selected(config, tmp_pa
     model.lm_head.weight = torch.nn.Parameter(head)
     model.get_input_embeddings().weight.data[patch.token_ids] = patch.rows
     made.model = model
-    assert token_loss(model, made.held_out) == pytest.approx(evaluation["loss_patch"], rel=1e-5)
+    assert token_loss(model, made.held_out.examples) == pytest.approx(evaluation["loss_patch"], rel=1e-5)
     assert patch.meta.training.lr == pytest.approx(0.3 * float(before.std()))
 
 

@@ -92,11 +92,11 @@ def test_split_holds_out_sources_that_training_never_sees():
 
 
 def test_an_example_is_the_prompt_as_generation_sees_it_then_the_answer_and_its_end(tokenizer):
-    [example] = encode(PLAIN, [Pair("The cat sees the dog.", "El gato ve el perro.")], tokenizer, 1, 256)
+    [example] = encode(PLAIN, [Pair("The cat sees the dog.", "El gato ve el perro.")], tokenizer, 1, 256).examples
     assert example.prompt == tokenizer("Translate: The cat sees the dog.\nSpanish:").input_ids
     assert example.answer[-1] == 1
     assert tokenizer.decode(example.answer[:-1]) == " El gato ve el perro."
-    assert encode(PLAIN, [Pair("The cat", "El gato")], tokenizer, 1, max_length=5) == []
+    assert encode(PLAIN, [Pair("The cat", "El gato")], tokenizer, 1, max_length=5).pairs == []
 
 
 def test_braces_in_a_sentence_are_only_text():
@@ -140,7 +140,7 @@ def test_the_chat_template_brings_its_own_special_tokens(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}<s>"
     try:
         template = make_template("chat", source_language="en", language="es", tokenizer=tokenizer)
-        [example] = encode(template, [Pair("The cat", "El gato")], tokenizer, 1, 256)
+        [example] = encode(template, [Pair("The cat", "El gato")], tokenizer, 1, 256).examples
     finally:
         tokenizer.chat_template = None
     assert template.chat

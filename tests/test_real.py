@@ -53,7 +53,7 @@ def test_the_file_is_small_and_gives_the_tokens_of_an_overwritten_table(build, p
     loaded = Patch.load(path)
     model, tokenizer = load_base(str(smollm2), dtype=torch.float32)
     loaded.check(model, tokenizer)
-    prompts = [example.prompt for example in build.held_out[:3]]
+    prompts = [example.prompt for example in build.held_out.examples[:3]]
     choices = [loaded, None, loaded]
     mixed = generate(model, tokenizer, prompts, choices, max_new_tokens=16)
     for prompt, choice, completion in zip(prompts, choices, mixed, strict=True):

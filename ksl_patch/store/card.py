@@ -67,7 +67,7 @@ def _section(patch: Patch, repo: str, file: str, base: str) -> str:
         "licence": meta.licence,
         "digest": f"`{patch.digest}`",
     }
-    parts = [f"## {name}", _table(("", ""), [(key, value) for key, value in facts.items() if value])]
+    parts = [f"## {name}", markdown_table(("", ""), [(key, value) for key, value in facts.items() if value])]
     if meta.template is not None:
         parts.append(
             f"It was trained with this prompt, and its effect may depend on it:\n\n{_fence(meta.template.text)}"
@@ -108,10 +108,11 @@ def _rule(ticket: Any) -> str:
 def _figures(evaluation: dict[str, Any]) -> str:
     """The evaluation's numbers as a table, as they are named in the file."""
     rows = [(key, f"{value:.4g}") for key, value in evaluation.items() if isinstance(value, int | float)]
-    return _table(("on held-out pairs", ""), rows) if rows else ""
+    return markdown_table(("on held-out pairs", ""), rows) if rows else ""
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+def markdown_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A table in Markdown."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 

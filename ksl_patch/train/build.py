@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from ksl_patch.bank import SlotRows
 from ksl_patch.base import dtype_name, find_embedding, identify
-from ksl_patch.errors import RunError
-from ksl_patch.hf import attach, end_token_ids, load_base
+from ksl_patch.errors import DataError, RunError
+from ksl_patch.evidence import Evaluation, write
+from ksl_patch.hf import attach, end_token_ids, load_base, slot_rows
 from ksl_patch.kstest import KSResult, ks_test
 from ksl_patch.patch import (
     Patch,
@@ -38,7 +38,7 @@ from ksl_patch.patch import (
 )
 from ksl_patch.ticket import DEFAULT_CAP, Selection, Ticket, frequency_ticket, ks_ticket, l2_ticket, random_ticket
 from ksl_patch.train.data import (
-    Example,
+    Encoded,
     Pair,
     data_digest,
     encode,
@@ -56,7 +56,10 @@ Mode = Literal["partial", "transfer"]
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
-    """Everything a build depends on. Learning rates are in units of the standard deviation of the table's values."""
+    """Everything a build depends on. Learning rates are in units of the standard deviation of the table's values.
+
+    data_seed: of the split into training and held-out pairs; `seed` by default.
+    """
 
     base: str
     pairs: str
@@ -79,6 +82,7 @@ class BuildConfig:
     batch_size: int = 8
     accumulate: int = 1
     seed: int = 0
+    data_seed: int | None = None
     held_out: int = 64
     max_pairs: int | None = None
     max_length: int = 256
@@ -100,16 +104,19 @@ class Build:
     """A build whose stages are computed once, on demand, and kept in the run folder.
 
     pairs, model, tokenizer, template, examples, held_out: what it works on, ready after construction.
+    loaded: the base and its tokenizer, where they are at hand.
     """
 
-    def __init__(self, config: BuildConfig, run: Path, reporter: Reporter) -> None:
+    def __init__(
+        self, config: BuildConfig, run: Path, reporter: Reporter, loaded: tuple[Any, Any] | None = None
+    ) -> None:
         check_name(config.name)
         check_language(config.language)
         self.config, self.run, self.reporter = config, run, reporter
         self.pairs = split_pairs(
             read_pairs(config.pairs, columns=config.columns),
             held_out=config.held_out,
-            seed=config.seed,
+            seed=config.seed if config.data_seed is None else config.data_seed,
             limit=config.max_pairs,
         )
         if self.pairs.duplicates:
@@ -120,7 +127,7 @@ class Build:
             )
         # Under a launcher each process has a device of its own.
         device = config.device or str(PartialState().device)
-        self.model, self.tokenizer = load_base(config.base, revision=config.revision, device=device)
+        self.model, self.tokenizer = loaded or load_base(config.base, revision=config.revision, device=device)
         table = find_embedding(self.model)
         if config.side == "input+output" and not table.tied:
             raise RunError("side 'input+output' is for bases whose head is tied to the embedding; use 'input' here.")
@@ -136,17 +143,47 @@ class Build:
             language=config.language,
             tokenizer=self.tokenizer,
         )
-        self.examples = self._encode(self.pairs.train, "training")
-        self.held_out = self._encode(self.pairs.held_out, "held-out") if self.pairs.held_out else []
+        self.examples = self.encode(self.pairs.train, "training").examples
+        self.held_out = self.encode(self.pairs.held_out, "held-out") if self.pairs.held_out else Encoded([], [])
         self.counts = token_counts(self.examples, self.base.vocab_size)
         self.created = self._once("created.json", {"created": timestamp()})["created"]
         self._report_learning_rates()
 
     def patch(self) -> Patch:
-        """Run whatever is not done yet, and evaluate the result on the held-out pairs."""
-        ticket = self.ticket()
-        patch = self.patch_from(ticket, self.rows(ticket))
-        return patch.with_meta(evaluation=self.losses(patch))
+        """Run whatever is not done yet, and measure the loss of the result on the held-out pairs."""
+        patch = self.patch_of(self.ticket())
+        patch = patch.with_meta(evaluation=self.losses(patch))
+        here = {
+            name: str(Path(where).resolve())
+            for name in ("base", "pairs")
+            if Path(where := getattr(self.config, name)).exists()
+        }
+        self._keep(_record(patch.digest), json.dumps(asdict(self.config) | here, indent=1).encode())
+        return patch
+
+    def seeded(self, seed: int) -> Build:
+        """The same build of the same pairs and held-out pairs, trained with another seed."""
+        config = self.config
+        data_seed = config.seed if config.data_seed is None else config.data_seed
+        return Build(
+            replace(config, seed=seed, data_seed=data_seed), self.run, self.reporter, (self.model, self.tokenizer)
+        )
+
+    def patch_of(self, ticket: Ticket) -> Patch:
+        """The patch of a ticket, trained (or transferred) as configured."""
+        return self.patch_from(ticket, self.rows(ticket))
+
+    @property
+    def is_embedding_tuned(self) -> bool:
+        """Whether the result of the embedding tuning is in the run folder."""
+        config = self.config
+        key = self._tune_key(config.embed_steps, config.embed_lr, None)
+        return (self._folder("embed", key) / "rows.safetensors").is_file()
+
+    def embedding_patch(self) -> Patch:
+        """The tuned embedding in a patch's form: every row that the tuning could change."""
+        token_ids, rows = self.embedding()
+        return self.patch_from(Ticket(token_ids.numpy(), "all"), rows)
 
     def embedding(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Stage 1. The token ids int64 [n] that embedding tuning can change and their tuned rows, float32 [n, d].
@@ -263,32 +300,28 @@ class Build:
 
     def losses(self, patch: Patch) -> dict[str, Any] | None:
         """Held-out loss per answer token of the base and the patch; None when nothing is held out."""
-        if not self.held_out:
+        if not len(self.held_out):
             return None
-        result = {
-            "pairs": len(self.held_out),
-            "data_digest": data_digest(self.pairs.held_out),
-            "loss_base": token_loss(self.model, self.held_out),
-            "loss_patch": self.patched_loss(patch),
-        }
+        result = Evaluation(
+            pairs=len(self.held_out),
+            data_digest=self.held_out.digest,
+            loss_base=token_loss(self.model, self.held_out.examples),
+            loss_patch=self.patched_loss(patch),
+        )
         self.reporter.note(
             "held_out",
-            f"held-out loss on {result['pairs']} pairs: base {result['loss_base']:.3f}, "
-            f"patch {result['loss_patch']:.3f}",
-            **result,
+            f"held-out loss on {result.pairs} pairs: base {result.loss_base:.3f}, patch {result.loss_patch:.3f}",
+            pairs=result.pairs,
+            data_digest=result.data_digest,
+            loss_base=result.loss_base,
+            loss_patch=result.loss_patch,
         )
-        return result
+        return write(result)
 
     def patched_loss(self, patch: Patch) -> float:
         """Held-out loss per answer token of the model with the patch's stored rows."""
-        return self.rows_loss(patch.token_ids, patch.rows)
-
-    def rows_loss(self, token_ids: torch.Tensor, rows: torch.Tensor) -> float:
-        """Held-out loss per answer token with some rows replaced."""
-        with attach(self.model) as handle:
-            slot = handle.bank.add(SlotRows(token_ids, rows, self.config.side == "input+output"))
-            with handle.serving([slot]):
-                return token_loss(self.model, self.held_out)
+        with attach(self.model) as handle, handle.serving([handle.bank.add(slot_rows(patch))]):
+            return token_loss(self.model, self.held_out.examples)
 
     def _tune(
         self, stage: str, kind: str, token_ids: torch.Tensor, steps: int, lr: float, ticket: Ticket | None
@@ -346,25 +379,32 @@ class Build:
 
     def _once(self, name: str, value: dict[str, Any]) -> dict[str, Any]:
         """A value that a continued run takes from its beginning."""
+        file = self.run / name
+        if not file.is_file():
+            self._keep(name, json.dumps(value).encode())
         try:
-            self.run.mkdir(parents=True, exist_ok=True)
-            file = self.run / name
-            if not file.is_file():
-                write_atomically(file, json.dumps(value).encode())
             return dict(json.loads(file.read_bytes()))
         except (OSError, ValueError) as error:
-            raise RunError(f"cannot keep the run in {self.run}: {error}.") from error
+            raise RunError(f"cannot read {file}: {error}.") from error
+
+    def _keep(self, name: str, content: bytes) -> None:
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.run / name, content)
+        except OSError as error:
+            raise RunError(f"cannot keep the run in {self.run}: {error.strerror or error}.") from error
 
     def _base_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
         weight = find_embedding(self.model).weight.detach()
         return weight[token_ids.to(weight.device)].float().cpu()
 
-    def _encode(self, pairs: list[Pair], what: str) -> list[Example]:
+    def encode(self, pairs: list[Pair], what: str, template: TemplateMeta | None = None) -> Encoded:
+        """Pairs as token ids in a template, the build's own by default. Raises RunError when all are too long."""
         end = end_token_ids(self.model, self.tokenizer)
         eos = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else end[0]
-        examples = encode(self.template, pairs, self.tokenizer, eos, self.config.max_length)
-        dropped = len(pairs) - len(examples)
-        if not examples:
+        encoded = encode(template or self.template, pairs, self.tokenizer, eos, self.config.max_length)
+        dropped = len(pairs) - len(encoded)
+        if not len(encoded):
             raise RunError(f"every {what} pair is longer than {self.config.max_length} tokens; raise --max-length.")
         if dropped:
             self.reporter.note(
@@ -372,7 +412,7 @@ class Build:
                 f"{dropped} of {len(pairs)} {what} pairs were left out: longer than {self.config.max_length} tokens",
                 pairs=dropped,
             )
-        return examples
+        return encoded
 
     def _report_learning_rates(self) -> None:
         config = self.config
@@ -396,6 +436,40 @@ class Build:
             yield
         for warning in caught:
             self.reporter.note("warning", str(warning.message))
+
+
+def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes: Any) -> Build:
+    """The build that a patch came from, by the record in its run folder.
+
+    changes: fields of its BuildConfig that are different now, such as where the base and the pairs are.
+    Raises RunError without a record, DataError when the pairs are not those of the patch's training.
+    """
+    file = run / _record(patch.digest)
+    try:
+        recorded = json.loads(file.read_bytes())
+        recorded["columns"] = tuple(recorded["columns"])
+        config = BuildConfig(**recorded | changes)
+    except FileNotFoundError as error:
+        raise RunError(
+            f"there is no record of this patch ({patch.digest[:12]}) in {run}: name the folder that its build kept "
+            "with --run, or build it again there (finished stages are reused)."
+        ) from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"cannot read the record of the build in {file} ({error}).") from error
+    build = Build(config, run, reporter or SilentReporter())
+    training = patch.meta.training
+    if training is None or training.data_digest != data_digest(build.pairs.train):
+        raise DataError(
+            f"the pairs in {config.pairs} do not give the training data of this patch; "
+            "name the file that it was built from with --pairs."
+        )
+    patch.check(build.model, build.tokenizer)
+    return build
+
+
+def _record(digest: str) -> str:
+    """The file of a run folder that says how a patch was built."""
+    return f"patch-{digest[:16]}.json"
 
 
 def _cpu_computes_bfloat16() -> bool:

@@ -37,6 +37,31 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """Pairs and their token ids, in one order."""
+
+    pairs: list[Pair]
+    examples: list[Example]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def first(self, n: int | None) -> Encoded:
+        """The first n of them; all for None."""
+        return Encoded(self.pairs[:n], self.examples[:n])
+
+    @property
+    def references(self) -> list[str]:
+        """The translations to compare with."""
+        return [pair.target for pair in self.pairs]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the pairs."""
+        return data_digest(self.pairs)
+
+
+@dataclass(frozen=True)
 class Pairs:
     """Pairs for training and held-out pairs; no source sentence occurs twice."""
 
@@ -127,7 +152,7 @@ def make_template(kind: str, *, source_language: str, language: str, tokenizer: 
     return TemplateMeta(text=text, chat=True)
 
 
-def encode(template: TemplateMeta, pairs: Sequence[Pair], tokenizer: Any, end: int, max_length: int) -> list[Example]:
+def encode(template: TemplateMeta, pairs: Sequence[Pair], tokenizer: Any, end: int, max_length: int) -> Encoded:
     """Token ids of each pair; pairs longer than `max_length` tokens are left out.
 
     The prompt is tokenised exactly as it will be at generation; the answer is what follows it when prompt
@@ -137,7 +162,7 @@ def encode(template: TemplateMeta, pairs: Sequence[Pair], tokenizer: Any, end: i
     # An answer stands off by a space where the prompt does not end in white space: "Spanish:" -> " Hola".
     gap = "" if template.text[-1:].isspace() or template.chat else " "
     texts = [prompt + gap + pair.target for prompt, pair in zip(prompts, pairs, strict=True)]
-    examples = []
+    kept, examples = [], []
     for prompt, full, pair in zip(
         prompt_ids(tokenizer, prompts, chat=template.chat),
         prompt_ids(tokenizer, texts, chat=template.chat),
@@ -150,8 +175,9 @@ def encode(template: TemplateMeta, pairs: Sequence[Pair], tokenizer: Any, end: i
         answer = full[len(prompt) :] if apart else tokenizer(gap + pair.target, add_special_tokens=False).input_ids
         example = Example(prompt, [*answer, end])
         if len(example.prompt) + len(example.answer) <= max_length:
+            kept.append(pair)
             examples.append(example)
-    return examples
+    return Encoded(kept, examples)
 
 
 def token_counts(examples: Iterable[Example], vocab_size: int) -> np.ndarray:

@@ -1,53 +1,67 @@
-"""What a model does on held-out pairs: loss, and for its greedy output the figures that must not be mixed.
+"""What a model does on held-out pairs, with a patch and beside the controls that a patch is judged against.
 
-Raw output, first line, stopping and length are separate: see docs/experiments.md for why.
+Raw output, first line, stopping and length are separate figures: one number that mixes them misleads.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ksl_patch.hf import Completion, generate
-from ksl_patch.patch import Patch
-from ksl_patch.train.data import IGNORED, Example, collate
+from ksl_patch.base import dtype_name
+from ksl_patch.evidence import Figure
+from ksl_patch.hf import Completion, attach, generate, slot_rows
+from ksl_patch.patch import Patch, write_atomically
+from ksl_patch.train.data import IGNORED, Encoded, Example, collate
 
 
 @dataclass(frozen=True)
-class Scores:
-    """chrf: chrF2 of the raw output; chrf_first_line: of its first line alone (sacrebleu, 0 to 100).
+class Outputs:
+    """What one system did on each held-out pair.
 
-    stop_rate: share of outputs that ended by themselves; characters: mean length of the raw output.
+    losses: nats, summed over the tokens of the reference; tokens: how many those are.
+    token_ids: of the greedy output.
     """
 
-    chrf: float
-    chrf_first_line: float
-    stop_rate: float
-    characters: float
-
-    def as_dict(self) -> dict[str, float]:
-        """The figures by name."""
-        return asdict(self)
+    texts: list[str]
+    stopped: list[bool]
+    losses: list[float]
+    tokens: list[int]
+    token_ids: list[list[int]]
 
 
 @torch.no_grad()
-def token_loss(model: Any, examples: Sequence[Example], *, batch_size: int = 8) -> float:
-    """Mean negative log-likelihood per answer token, in nats, over all tokens of all examples."""
-    total, count = 0.0, 0
-    ordered = sorted(examples, key=lambda example: len(example.prompt) + len(example.answer))
-    for start in range(0, len(ordered), batch_size):
-        batch = {k: v.to(model.device) for k, v in collate(ordered[start : start + batch_size], pad=0).items()}
+def answer_losses(model: Any, examples: Sequence[Example], *, batch_size: int = 8) -> tuple[list[float], list[int]]:
+    """Negative log-likelihood of each example's answer, in nats, and the number of its tokens."""
+    losses, counts = [0.0] * len(examples), [0] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt) + len(examples[i].answer))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in part], pad=0).items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False).logits[:, :-1]
         answer = labels != IGNORED
-        total += float(F.cross_entropy(logits[answer].float(), labels[answer], reduction="sum"))
-        count += int(answer.sum())
-    return total / count
+        each = torch.zeros(labels.shape, device=labels.device)
+        each[answer] = F.cross_entropy(logits[answer].float(), labels[answer], reduction="none")
+        for i, loss, count in zip(part, each.double().sum(dim=1).tolist(), answer.sum(dim=1).tolist(), strict=True):
+            losses[i], counts[i] = loss, count
+    return losses, counts
+
+
+def token_loss(model: Any, examples: Sequence[Example], *, batch_size: int = 8) -> float:
+    """Mean negative log-likelihood per answer token, in nats, over all tokens of all examples."""
+    losses, counts = answer_losses(model, examples, batch_size=batch_size)
+    return sum(losses) / sum(counts)
 
 
 def translate(
@@ -66,19 +80,153 @@ def translate(
     )
 
 
-def score(completions: Sequence[Completion], references: Sequence[str]) -> Scores:
-    """Compare outputs with reference translations, one for each."""
-    from sacrebleu.metrics import CHRF
+def run(
+    model: Any,
+    tokenizer: Any,
+    held_out: Encoded,
+    patch: Patch | None,
+    *,
+    max_new_tokens: int = 128,
+    cache: Path | None = None,
+) -> Outputs:
+    """What the model does with a patch, or, for None, by itself.
 
-    raw = [completion.text.strip() for completion in completions]
-    return Scores(
-        chrf=CHRF().corpus_score(raw, [references]).score,
-        chrf_first_line=CHRF().corpus_score([first_line(text) for text in raw], [references]).score,
-        stop_rate=fmean(completion.stopped for completion in completions),
-        characters=fmean(map(len, raw)),
+    cache: a folder where results are kept and found again, by all that they depend on.
+    """
+    file = None
+    if cache is not None:
+        key = [
+            patch.digest if patch else None, dtype_name(model.dtype), model.device.type, max_new_tokens,
+            held_out.digest, held_out.examples,
+        ]  # fmt: skip
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        cache.mkdir(parents=True, exist_ok=True)
+        file = cache / f"{name}.json"
+        if file.is_file():
+            return Outputs(**json.loads(file.read_bytes()))
+    with attach(model) as handle:
+        slot = 0 if patch is None else handle.bank.add(slot_rows(patch))
+        with handle.serving([slot]):
+            losses, tokens = answer_losses(model, held_out.examples)
+    outputs = of_completions(
+        translate(model, tokenizer, held_out.examples, patch, max_new_tokens=max_new_tokens), losses, tokens
+    )
+    if file is not None:
+        write_atomically(file, json.dumps(asdict(outputs), ensure_ascii=False).encode())
+    return outputs
+
+
+def of_completions(completions: Sequence[Completion], losses: list[float], tokens: list[int]) -> Outputs:
+    """Greedy outputs and losses of the references, together."""
+    return Outputs(
+        texts=[completion.text.strip() for completion in completions],
+        stopped=[completion.stopped for completion in completions],
+        losses=losses,
+        tokens=tokens,
+        token_ids=[list(completion.token_ids) for completion in completions],
     )
 
 
 def first_line(text: str) -> str:
     """The first line of an output, where a translation is."""
     return (text.strip().splitlines() or [""])[0]
+
+
+class Scorer:
+    """Corpus figures of systems on the same held-out pairs, with paired bootstrap intervals over sentences.
+
+    Each system's figures come from sums of per-sentence statistics, so a resampled corpus is a weighted sum: the
+    same `resamples` draws of sentences serve every system and metric (Koehn, "Statistical significance tests for
+    machine translation evaluation", EMNLP 2004). chrF++ and BLEU are sacrebleu's own.
+
+    signatures: sacrebleu's, by metric. notes: what was done otherwise than one would expect.
+    """
+
+    def __init__(
+        self, references: Sequence[str], *, resamples: int = 1000, confidence: float = 0.95, seed: int = 12345
+    ) -> None:
+        from sacrebleu.metrics import CHRF
+
+        self._references = [list(references)]
+        self.confidence, self.resamples = confidence, resamples
+        n = len(references)
+        # How often each sentence is drawn, [resamples, n]; the first line is the corpus itself.
+        draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+        self._draws = np.vstack([np.ones(n, dtype=np.int64), draws])
+        bleu, self.notes = _bleu()
+        self._text_metrics = {"chrf": CHRF(word_order=2), "bleu": bleu}
+        self.signatures = {}
+        for name, metric in self._text_metrics.items():
+            metric.corpus_score([""] * n, self._references)  # the signature knows the number of references then
+            self.signatures[name] = str(metric.get_signature())
+
+    def figures(self, runs: Sequence[Outputs], base: Outputs) -> dict[str, Figure]:
+        """Every metric of a system: one run for each training seed, and the base's run on the same pairs."""
+        per_run, of_base = [self._resampled(outputs) for outputs in runs], self._resampled(base)
+        return {name: self._figure([scores[name] for scores in per_run], of_base[name]) for name in of_base}
+
+    def of_base(self, base: Outputs) -> dict[str, Figure]:
+        """The base's own figures, which have no difference."""
+        return {
+            name: Figure(value=float(scores[0]), per_seed=[float(scores[0])])
+            for name, scores in self._resampled(base).items()
+        }
+
+    def _figure(self, scores: list[np.ndarray], base: np.ndarray) -> Figure:
+        mean = np.mean(scores, axis=0)
+        difference = mean - base
+        tail = (1 - self.confidence) / 2
+        low, high = np.quantile(difference[1:], [tail, 1 - tail])
+        return Figure(
+            value=float(mean[0]),
+            difference=float(difference[0]),
+            low=float(low),
+            high=float(high),
+            per_seed=[float(each[0]) for each in scores],
+        )
+
+    def _resampled(self, outputs: Outputs) -> dict[str, np.ndarray]:
+        """Each metric on the corpus and on every resampled one, float64 [1 + resamples]."""
+        lines = [first_line(text) for text in outputs.texts]
+
+        def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> np.ndarray:
+            return np.asarray((self._draws @ numerator) / (self._draws @ denominator))
+
+        one = [1.0] * len(outputs.texts)
+        return {
+            "loss": ratio(outputs.losses, outputs.tokens),
+            "chrf": self._text("chrf", outputs.texts),
+            "chrf_first_line": self._text("chrf", lines),
+            "bleu": self._text("bleu", outputs.texts),
+            "bleu_first_line": self._text("bleu", lines),
+            "stop_rate": ratio([float(stopped) for stopped in outputs.stopped], one),
+            "characters": ratio([float(len(text)) for text in outputs.texts], one),
+        }
+
+    def _text(self, name: str, texts: list[str]) -> np.ndarray:
+        metric = self._text_metrics[name]
+        # What sacrebleu's own significance tests are made of.
+        statistics = np.array(metric._extract_corpus_statistics(texts, self._references))
+        return np.array([metric._compute_score_from_stats(sums.tolist()).score for sums in self._draws @ statistics])
+
+
+def _bleu() -> tuple[Any, list[str]]:
+    """BLEU over Flores' pieces (spBLEU) where their model can be had, else over 13a's words and with a note."""
+    from sacrebleu.metrics import BLEU
+    from sacrebleu.utils import SACREBLEU_DIR
+
+    model = Path(SACREBLEU_DIR) / "models" / "flores200sacrebleuspm"
+    timeout = socket.getdefaulttimeout()
+    try:
+        if os.environ.get("HF_HUB_OFFLINE") == "1" and not model.is_file():
+            raise OSError("HF_HUB_OFFLINE is set")
+        socket.setdefaulttimeout(10)  # sacrebleu downloads it without a limit of its own
+        return BLEU(tokenize="flores200"), []
+    except (Exception, SystemExit) as error:  # a network's many, and sacrebleu's own exit
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return BLEU(), [
+            f"BLEU is over 13a's words, not spBLEU: its tokenizer model, which sacrebleu downloads, is not at hand "
+            f"({reason})."
+        ]
+    finally:
+        socket.setdefaulttimeout(timeout)

@@ -1,0 +1,303 @@
+"""The whole study of docs/experiments.md on SmolLM2: one command, about an hour on two cores, continues after a kill.
+
+    make study        or: python benchmarks/study.py .demo
+
+What is trained, generated and scored stays in FOLDER/study; figures go to benchmarks/results/study.json, and from there
+into the tables of docs/experiments.md (`--tables` writes these alone).
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import scipy.stats
+from machine import console, machine
+
+from ksl_patch.evidence import METRICS, SYSTEMS, Evaluation, Figure, SystemScores, read, show, write
+from ksl_patch.patch import TemplateMeta, write_atomically
+from ksl_patch.store.card import markdown_table
+from ksl_patch.train.ablate import PLACES, run_at
+from ksl_patch.train.build import Build, BuildConfig
+from ksl_patch.train.compare import evaluate, make_systems
+from ksl_patch.train.data import language_name, make_template
+from ksl_patch.train.evaluate import Scorer, run
+from ksl_patch.train.progress import RichReporter
+
+ROOT = Path(__file__).parents[1]
+RESULTS, DOCUMENT = ROOT / "benchmarks/results/study.json", ROOT / "docs/experiments.md"
+LANGUAGES = ("es", "fr", "id")
+ROWS, SIZES, SEEDS, NEW_TOKENS = 32, (8, 128), 2, 60
+ALPHAS = (0.2, 0.1, 0.05, 0.01, 0.001)
+
+
+def settings(folder: Path, language: str) -> BuildConfig:
+    return BuildConfig(
+        base=str(folder / "smollm2"),
+        pairs=str(folder / f"en-{language}.jsonl"),
+        language=language,
+        name=f"smollm2-en-{language}",
+        alpha=None,
+        top_k=ROWS,
+        embed_steps=60,
+        steps=40,
+    )
+
+
+class Study:
+    """Its parts are computed once and kept by name and by the settings of the language's build."""
+
+    def __init__(self, folder: Path, reporter: RichReporter) -> None:
+        self.folder, self.reporter = folder, reporter
+        self.run = folder / "study"
+        self.builds, self.patches = {}, {}
+        loaded = None
+        for language in LANGUAGES:
+            build = self.builds[language] = Build(settings(folder, language), self.run, reporter, loaded)
+            loaded = build.model, build.tokenizer
+
+    def once(self, language, part, make):
+        build = self.builds[language]
+        key = json.dumps([dataclasses.asdict(build.config), build.base.fingerprint, ROWS, SIZES, SEEDS, NEW_TOKENS])
+        file = self.run / "parts" / f"{part}-{language}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+        file.parent.mkdir(exist_ok=True)
+        if not file.is_file():
+            begun = time.perf_counter()
+            if language not in self.patches:
+                self.patches[language] = build.patch()
+            value = make(build, self.patches[language])
+            write_atomically(file, json.dumps({"seconds": round(time.perf_counter() - begun), "value": value}).encode())
+            self.reporter.note("part", f"{language}: {part} is done")
+        return json.loads(file.read_bytes())["value"]
+
+    def score(self, build, systems, held_out=None):
+        held_out = held_out or build.held_out
+        result = evaluate(
+            build.model, build.tokenizer, held_out, systems, self.reporter,
+            max_new_tokens=NEW_TOKENS, cache=self.run / "outputs",
+        )  # fmt: skip
+        return write(result)
+
+    def main(self, build, patch):
+        """The patch, the tuned embedding and the controls, with several training seeds."""
+        return self.score(build, make_systems(patch, build, seeds=SEEDS))
+
+    def sizes(self, build, patch):
+        """Rows that are significant at each alpha, and what tickets of other sizes do."""
+        pvalue = build.ks().pvalue
+        systems = {str(k): {0: build.patch_of(build.ticket("ks", k))} for k in SIZES}
+        return {
+            "significant": {str(alpha): int((pvalue < alpha).sum()) for alpha in ALPHAS},
+            "evaluation": self.score(build, {"patch": {0: patch}} | systems),
+        }
+
+    def ticket(self, build, patch):
+        """How the ticket and the frequencies of its tokens hang together."""
+        result, counts = build.ks(), build.counts
+        seen = np.flatnonzero(counts)
+        top = {k: build.ticket("ks", k).token_ids for k in (*SIZES, ROWS)}
+        frequent = {k: build.ticket("frequency", k).token_ids for k in top}
+        largest = top[ROWS][np.argsort(-result.statistic[top[ROWS]], kind="stable")]
+        return {
+            "seen": len(seen),
+            "largest": float(result.statistic.max()),
+            "spearman": float(scipy.stats.spearmanr(result.statistic[seen], counts[seen]).statistic),
+            "frequent": {str(k): int(np.isin(top[k], frequent[k]).sum()) for k in top},
+            "top": top[ROWS].tolist(),
+            "most_frequent": frequent[ROWS].tolist(),
+            "tokens": [build.tokenizer.decode([i]) for i in largest[:18]],
+        }
+
+    def places(self, build, patch):
+        """The same rows, acting at one place alone."""
+        scorer = Scorer(build.held_out.references)
+        base = run(build.model, build.tokenizer, build.held_out, None, max_new_tokens=NEW_TOKENS,
+                   cache=self.run / "outputs")  # fmt: skip
+        systems = [SystemScores(name="base", rows=[0], seeds=[], figures=scorer.of_base(base))]
+        for place in PLACES:
+            outputs = run_at(build.model, build.tokenizer, build.held_out, patch, place, max_new_tokens=NEW_TOKENS)
+            figures = scorer.figures([outputs], base)
+            systems.append(SystemScores(name=place, rows=[len(patch.token_ids)], seeds=[0], figures=figures))
+        return [dataclasses.asdict(system) for system in systems]
+
+    def templates(self, build, patch):
+        """The patch under other prompts than the one it was trained with, each beside the base under that prompt."""
+        source, target = "English", language_name(build.config.language)
+        tokenizer = build.tokenizer
+        others = {
+            "the trained one": build.template,
+            "a paraphrase": TemplateMeta(
+                text=f"Please render the following {source} text in {target}.\n{source}: {{source}}\n{target}:",
+                chat=False,
+            ),
+            "no instruction": TemplateMeta(text=f"{source}: {{source}}\n{target}:", chat=False),
+            "the chat template": make_template(
+                "chat", source_language="en", language=build.config.language, tokenizer=tokenizer
+            ),
+        }
+        return {
+            name: self.score(build, {"patch": {0: patch}}, build.encode(build.pairs.held_out, "held-out", template))
+            for name, template in others.items()
+        }
+
+    def transfer(self, build, patch):
+        """The ticket's rows taken from the tuned embedding instead of tuned alone."""
+        transferred = Build(
+            dataclasses.replace(build.config, mode="transfer"), self.run, self.reporter, (build.model, build.tokenizer)
+        )
+        return self.score(build, {"patch": {0: transferred.patch_of(transferred.ticket())}})
+
+    def results(self):
+        first = LANGUAGES[0]
+        each = ("main", "ticket", "transfer")
+        return {
+            language: {part: self.once(language, part, getattr(self, part)) for part in each} for language in LANGUAGES
+        } | {part: self.once(first, part, getattr(self, part)) for part in ("sizes", "places", "templates")}
+
+    def seconds(self):
+        return sum(json.loads(file.read_bytes())["seconds"] for file in (self.run / "parts").iterdir())
+
+
+def with_interval(metric: str, figure: Figure) -> str:
+    text = show(metric, figure.value)
+    return text if figure.low is None else f"{text} ({show(metric, figure.low)} to {show(metric, figure.high)})"
+
+
+def figures_table(rows: list[tuple[str, SystemScores]], first: str = "") -> str:
+    head = (first, "rows", *(label for label, _, _ in METRICS.values()))
+    lines = [
+        (
+            name,
+            "/".join(map(str, dict.fromkeys(system.rows))) if any(system.rows) else "",
+            *(with_interval(metric, system.figures[metric]) for metric in METRICS),
+        )
+        for name, system in rows
+    ]
+    return markdown_table(head, lines)
+
+
+def tables(results: dict) -> dict[str, str]:
+    """Every generated part of the document, by name."""
+    found = {}
+    per_language = {language: results["parts"][language] for language in results["languages"]}
+    evaluations = {language: read(Evaluation, parts["main"]) for language, parts in per_language.items()}
+    found["setting"] = (
+        f"{', '.join(map(language_name, per_language))}; {next(iter(evaluations.values())).pairs} held-out pairs each; "
+        f"{ROWS} rows; {results['config']['embed_steps']} steps of embedding tuning and {results['config']['steps']} of "
+        f"partial tuning, batch {results['config']['batch_size']}, learning rates {results['config']['embed_lr']} and "
+        f"{results['config']['lr']} standard deviations of the table; {results['seeds']} training seeds; greedy, at "
+        f"most {NEW_TOKENS} new tokens. Machine: {results['machine']['cpu']}, {results['machine']['cores']} cores. "
+        f"Training and generation took {results['seconds'] / 60:.0f} minutes.\n\n"
+        + "\n".join(f"- {name}: `{value}`" for name, value in next(iter(evaluations.values())).signatures.items())
+        + "".join(f"\n- {note}" for note in next(iter(evaluations.values())).notes)
+    )
+    parts = []
+    for language, evaluation in evaluations.items():
+        by_name = {system.name: system for system in evaluation.systems}
+        rows = [(label, by_name[name]) for name, label in SYSTEMS.items() if name in by_name]
+        parts.append(f"### {language_name(language)}\n\n{figures_table(rows)}")
+    found["main"] = "\n\n".join(parts)
+    found["seeds"] = markdown_table(
+        ("held-out loss", *(SYSTEMS[name] for name in SYSTEMS)),
+        [
+            (language_name(language), *(
+                " / ".join(f"{value:.3f}" for value in system.figures["loss"].per_seed)
+                for system in sorted(evaluation.systems, key=lambda each: list(SYSTEMS).index(each.name))
+            ))
+            for language, evaluation in evaluations.items()
+        ],
+    )  # fmt: skip
+    found["transfer"] = figures_table(
+        [
+            (f"{language_name(language)}, {what}", next(s for s in evaluation.systems if s.name == "patch"))
+            for language, parts in per_language.items()
+            for what, evaluation in (
+                ("tuned alone, all seeds", evaluations[language]),
+                ("transferred", read(Evaluation, parts["transfer"])),
+            )
+        ]
+    )
+    tickets = {language: parts["ticket"] for language, parts in per_language.items()}
+    found["ticket"] = markdown_table(
+        ("", "tokens seen", "largest D", "rank correlation of D and frequency",
+         *(f"of its top {k}, among the {k} most frequent" for k in next(iter(tickets.values()))["frequent"]),
+         "its first tokens by D"),
+        [
+            (language_name(language), f"{t['seen']:,}", f"{t['largest']:.3f}", f"{t['spearman']:.2f}",
+             *t["frequent"].values(), " ".join(f"`{json.dumps(token, ensure_ascii=False)}`" for token in t["tokens"]))
+            for language, t in tickets.items()
+        ],
+    )  # fmt: skip
+    found["overlap"] = markdown_table(
+        (f"shared among the first {ROWS}", *map(language_name, tickets)),
+        [
+            (language_name(a), *(
+                "" if a == b
+                else f"{len(set(tickets[a]['top']) & set(tickets[b]['top']))} "
+                f"({len(set(tickets[a]['most_frequent']) & set(tickets[b]['most_frequent']))})"
+                for b in tickets
+            ))
+            for a in tickets
+        ],
+    )  # fmt: skip
+    sizes = results["parts"]["sizes"]
+    found["alpha"] = markdown_table(
+        ("alpha", *sizes["significant"]), [("rows with p < alpha", *sizes["significant"].values())]
+    )
+    found["sizes"] = figures_table(
+        sorted(
+            ((system.name.replace("patch", "KS ticket") if not system.name.isdigit() else "KS ticket", system)
+             for system in read(Evaluation, sizes["evaluation"]).systems),
+            key=lambda row: row[1].rows,
+        )
+    )  # fmt: skip
+    systems = [read(SystemScores, system) for system in results["parts"]["places"]]
+    found["places"] = figures_table([(system.name, system) for system in systems], "rows act on")
+    found["templates"] = figures_table(
+        [
+            (f"{name}: {SYSTEMS[system.name]}", system)
+            for name, evaluation in results["parts"]["templates"].items()
+            for system in read(Evaluation, evaluation).systems
+        ],
+        "prompt",
+    )
+    return found
+
+
+def fill(document: str, parts: dict[str, str]) -> str:
+    """Put the parts between their marks. Raises ValueError when the marks and the parts are not the same."""
+    marks = re.findall(r"<!-- study:(\w+) -->", document)
+    if sorted(marks) != sorted(parts):
+        raise ValueError(f"the document has the marks {sorted(marks)}, and the study gives {sorted(parts)}.")
+    for name, text in parts.items():
+        begin, end = f"<!-- study:{name} -->", f"<!-- /study:{name} -->"
+        before, _, rest = document.partition(begin)
+        document = f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+    return document
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=".demo")
+@click.option("--tables", "only_tables", is_flag=True, help="Write the tables of the kept results only.")
+def main(folder: Path, only_tables: bool) -> None:
+    if not only_tables:
+        with RichReporter(console) as reporter:
+            study = Study(folder, reporter)
+            parts = study.results()
+            config = dataclasses.asdict(study.builds[LANGUAGES[0]].config) | {"base": "smollm2", "pairs": "en-*.jsonl"}
+        results = {
+            "machine": machine(), "seconds": study.seconds(), "languages": LANGUAGES, "seeds": SEEDS, "config": config,
+            "parts": parts,
+        }  # fmt: skip
+        write_atomically(RESULTS, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+    filled = fill(DOCUMENT.read_text(encoding="utf-8"), tables(json.loads(RESULTS.read_bytes())))
+    write_atomically(DOCUMENT, filled.encode())
+    console.print(f"Wrote {RESULTS} and the tables of {DOCUMENT}.")
+
+
+if __name__ == "__main__":
+    main()

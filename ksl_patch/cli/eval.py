@@ -1,0 +1,100 @@
+"""`ksl-patch eval`: what a patch does on held-out pairs, beside the base and the controls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ksl_patch.cli.evidence import evidence_options, subject
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ksl_patch.evidence import Evaluation
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("reference", metavar="P")
+@click.option(
+    "--controls",
+    default="all",
+    metavar="LIST",
+    help="all, none, or some of frequency,l2,random,noise; what is not trained yet is trained.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=1,
+    metavar="N",
+    help="Training seeds: the patch's own, and those after it.",
+)
+@evidence_options
+def eval(
+    reference: str, controls: str, seeds: int, max_new_tokens: int, output: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Measure a patch on held-out pairs: the base, the tuned embedding, the patch, and the controls.
+
+    Controls have as many rows as the patch: the most frequent tokens, those that moved farthest, random ones, and the
+    patch's own rows moved as far in a random direction. Each gets chrF++ and BLEU of the raw output and of its first
+    line, the share of outputs that end by themselves, their length, and the loss per target token, with paired
+    bootstrap intervals of the difference from the base over sentences. The result goes into the patch's metadata.
+
+    Everything trained and generated stays in the run folder: an evaluation that was cut off continues.
+    """
+    known = ("frequency", "l2", "random", "noise")
+    chosen = {"all": known, "none": ()}.get(controls, tuple(part.strip() for part in controls.split(",")))
+    if unknown := set(chosen) - set(known):
+        raise click.UsageError(f"there is no control {sorted(unknown)[0]!r}: all, none, or some of {','.join(known)}.")
+    with subject(reference, output=output, needs_build=False, **options) as it:
+        from ksl_patch.evidence import write
+        from ksl_patch.train.compare import evaluate, make_systems
+
+        systems = make_systems(it.patch, it.build, chosen, seeds)
+        result = evaluate(
+            it.model, it.tokenizer, it.held_out, systems, it.reporter, max_new_tokens=max_new_tokens, cache=it.cache
+        )
+        it.save(evaluation=write(result))
+    if as_json:
+        print(json.dumps({"path": it.target and str(it.target), "digest": it.patch.digest, **write(result)}))
+        return
+    from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(table(result))
+    for note in result.notes:
+        console.print(f"Note: {note}", markup=False, highlight=False)
+    if it.target is not None:
+        click.echo(f"Wrote the figures into {it.target}.")
+
+
+def table(evaluation: Evaluation) -> Table:
+    """The figures of every system, and under each the interval of its difference from the base."""
+    from rich.table import Table
+
+    from ksl_patch.evidence import METRICS, SYSTEMS, show
+
+    seeds = max((len(system.seeds) for system in evaluation.systems), default=1)
+    result = Table(
+        title=f"{evaluation.pairs} held-out pairs, {seeds} training seed{'s' if seeds > 1 else ''}; in brackets the "
+        f"{evaluation.confidence or 0:.0%} interval of the difference from the base",
+        title_justify="left",
+    )
+    result.add_column("")
+    result.add_column("rows", justify="right")
+    for label, _, _ in METRICS.values():
+        result.add_column(label, justify="right")
+    order = {name: place for place, name in enumerate(SYSTEMS)}
+    for system in sorted(evaluation.systems, key=lambda each: order.get(each.name, len(order))):
+        cells = []
+        for metric in METRICS:
+            figure = system.figures[metric]
+            interval = ""
+            if figure.low is not None and figure.high is not None:
+                interval = f"\n({show(metric, figure.low)} to {show(metric, figure.high)})"
+            cells.append(show(metric, figure.value) + interval)
+        rows = "/".join(str(n) for n in dict.fromkeys(system.rows)) if any(system.rows) else ""
+        result.add_row(SYSTEMS.get(system.name, system.name), rows, *cells)
+    return result

@@ -1,0 +1,161 @@
+"""What a patch's metadata says of its effect: the evaluation and the certificate, as typed data.
+
+They are computed elsewhere (`train/evaluate.py`, `certify.py`); here is only their form and how it is read back
+from a file that anybody may have written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from ksl_patch.errors import PatchError
+
+# The figures of an evaluation in the order of its tables: name, what it is called, its format, is more better?
+METRICS: dict[str, tuple[str, str, bool | None]] = {
+    "loss": ("loss per target token", ".3f", False),
+    "chrf": ("chrF++ raw", ".1f", True),
+    "chrf_first_line": ("chrF++ first line", ".1f", True),
+    "bleu": ("BLEU raw", ".1f", True),
+    "bleu_first_line": ("BLEU first line", ".1f", True),
+    "stop_rate": ("stops by itself", ".0%", True),
+    "characters": ("mean characters", ".0f", None),
+}
+# The systems in the order of the tables, and what each is.
+SYSTEMS = {
+    "base": "base",
+    "embedding": "embedding tuned",
+    "patch": "patch",
+    "frequency": "most frequent rows",
+    "l2": "largest L2 change",
+    "random": "random rows",
+    "noise": "random change, same norms",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One metric of one system: its mean over training seeds, and how far it is from the base.
+
+    low, high: the paired bootstrap interval of the difference; None for the base itself.
+    """
+
+    value: float
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    per_seed: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemScores:
+    """What one system got. rows: how many it changes, one number for each training seed."""
+
+    name: str
+    rows: list[int]
+    seeds: list[int]
+    figures: dict[str, Figure]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One held-out sentence, and what came out for it."""
+
+    source: str
+    reference: str
+    base: str
+    patch: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Figures on held-out pairs. A build writes the first four fields, `ksl-patch eval` all of them.
+
+    data_digest: of the pairs. loss_base, loss_patch: per target token, in nats.
+    signatures: sacrebleu's, by metric. notes: what a reader must know to read the figures.
+    """
+
+    pairs: int
+    data_digest: str
+    loss_base: float
+    loss_patch: float
+    max_new_tokens: int | None = None
+    confidence: float | None = None
+    resamples: int | None = None
+    signatures: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    systems: list[SystemScores] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """Agreements counted on fresh examples, and the one-sided lower bound of their share."""
+
+    agreements: int
+    examples: int
+    share: float
+    lower: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Margin:
+    """The heuristic of the KS margin.
+
+    tau: the critical distance. certified: examples whose margin exceeds 2 tau. violations: those among them whose
+    prediction did change. outside: rows that the patch leaves alone though they moved by tau or more.
+    """
+
+    alpha: float
+    tau: float
+    certified: int
+    violations: int
+    outside: int
+    examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """The three certificates of a patch against the fully tuned embedding; see `certify.py` for their assumptions.
+
+    exact: inputs whose every token has the same row in both tables.
+    """
+
+    pairs: int
+    data_digest: str
+    delta: float
+    max_new_tokens: int
+    exact: int
+    next_token: Bound
+    continuation: Bound
+    margin: Margin
+
+
+T = TypeVar("T", Evaluation, Certificate, SystemScores)
+
+
+def read(kind: type[T], value: dict[str, Any] | None) -> T | None:
+    """A patch's `evaluation` or `certificate` as what it is; None when it has none.
+
+    Raises PatchError when it is something else.
+    """
+    if value is None:
+        return None
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise PatchError(
+            f"the patch's {kind.__name__.lower()} is not in the form that this ksl-patch writes ({error})."
+        ) from error
+
+
+def write(value: Evaluation | Certificate) -> dict[str, Any]:
+    """The form that the metadata holds."""
+    return asdict(value)
+
+
+def show(metric: str, value: float) -> str:
+    """A metric's value in its format."""
+    return format(value, METRICS[metric][1])

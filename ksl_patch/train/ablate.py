@@ -1,0 +1,134 @@
+"""Where a patch's rows act: the same rows, but only at some positions of the prompt and of what follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ksl_patch.base import find_embedding
+from ksl_patch.errors import RunError
+from ksl_patch.hf import Completion, generate
+from ksl_patch.overlay import replace_rows
+from ksl_patch.patch import Patch, TemplateMeta
+from ksl_patch.train.data import IGNORED, Encoded, Pair, collate
+from ksl_patch.train.evaluate import Outputs, answer_losses, of_completions
+
+Place = Literal["everywhere", "prompt", "template", "source", "target"]
+PLACES: tuple[Place, ...] = ("everywhere", "prompt", "template", "source", "target")
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Where rows act in one example: a flag for each token of its prompt, and one for all that follow."""
+
+    prompt: list[bool]
+    after: bool
+
+
+def run_at(
+    model: Any,
+    tokenizer: Any,
+    held_out: Encoded,
+    patch: Patch,
+    place: Place,
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+) -> Outputs:
+    """What the model does when the rows act at one place alone, teacher-forced and in its own greedy output.
+
+    prompt: the template and the source sentence. template: the prompt without the sentence. source: the sentence
+    alone. target: the answer alone, whether it is read or written. Raises RunError for a patch that changes the head
+    too, or has no template, or a tokenizer that cannot say which characters a token covers.
+    """
+    template = patch.meta.template
+    if template is None or patch.meta.side != "input":
+        raise RunError("where rows act can be seen on patches of side 'input' with a template.")
+    sources = [_source_tokens(tokenizer, template, pair) for pair in held_out.pairs]
+    positions = []
+    for example, inside in zip(held_out.examples, sources, strict=True):
+        if len(inside) != len(example.prompt):
+            raise RunError("the tokenizer splits a prompt otherwise than it did in training.")
+        positions.append(
+            {
+                "everywhere": _Positions([True] * len(inside), True),
+                "prompt": _Positions([True] * len(inside), False),
+                "template": _Positions([not here for here in inside], False),
+                "source": _Positions(inside, False),
+                "target": _Positions([False] * len(inside), True),
+            }[place]
+        )
+    examples, after = held_out.examples, positions[0].after
+    losses, counts = [0.0] * len(examples), [0] * len(examples)
+    completions: dict[int, Completion] = {}
+    # In the orders that these two batch by, so that they keep them.
+    for part in _batches(batch_size, [len(example.prompt) + len(example.answer) for example in examples]):
+        labels = collate([examples[i] for i in part], pad=0)["labels"]
+        where = (labels != IGNORED) & after
+        for row, i in enumerate(part):  # padded on the right
+            where[row, : len(positions[i].prompt)] = torch.tensor(positions[i].prompt)
+        with acting(model, patch, where, after=False):
+            found = answer_losses(model, [examples[i] for i in part], batch_size=len(part))
+        for i, loss, count in zip(part, *found, strict=True):
+            losses[i], counts[i] = loss, count
+    for part in _batches(batch_size, [len(example.prompt) for example in examples]):
+        width = max(len(examples[i].prompt) for i in part)
+        where = torch.zeros(len(part), width, dtype=torch.bool)
+        for row, i in enumerate(part):  # padded on the left
+            where[row, width - len(positions[i].prompt) :] = torch.tensor(positions[i].prompt)
+        with acting(model, patch, where, after=after):
+            prompts = [examples[i].prompt for i in part]
+            outputs = generate(model, tokenizer, prompts, [None] * len(part), max_new_tokens=max_new_tokens)
+            completions |= zip(part, outputs, strict=True)
+    return of_completions([completions[i] for i in range(len(examples))], losses, counts)
+
+
+@contextmanager
+def acting(model: Any, patch: Patch, where: torch.Tensor, *, after: bool) -> Iterator[None]:
+    """Within the block, rows are replaced at the columns that `where` marks, and behind those if `after` says so.
+
+    where: bool [B, T], for the first T columns that the model sees. The block is for one batch, one forward or one
+    `generate`: columns are counted from its beginning.
+    """
+    table = find_embedding(model)
+    index = torch.full((table.vocab_size,), -1, dtype=torch.int64, device=table.device)
+    index[patch.token_ids.to(table.device)] = torch.arange(len(patch.token_ids), device=table.device)
+    rows, where = patch.rows.to(table.device, table.dtype), where.to(table.device)
+    seen = 0
+
+    def hook(scale: Any, token_ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        length = token_ids.shape[1]
+        marked = torch.full(token_ids.shape, after, device=token_ids.device)
+        known = where[:, seen : seen + length]
+        marked[:, : known.shape[1]] = known
+        seen += length
+        return replace_rows(output, torch.where(marked, index[token_ids], -1), rows, scale)
+
+    with ExitStack() as stack:
+        for lookup in table.lookups:
+            handle = lookup.module.register_forward_hook(
+                lambda _, args, output, scale=lookup.scale: hook(scale, args[0], output)
+            )
+            stack.callback(handle.remove)
+        yield
+
+
+def _source_tokens(tokenizer: Any, template: TemplateMeta, pair: Pair) -> list[bool]:
+    """Which tokens of a rendered prompt cover a character of the source sentence."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise RunError("where rows act can be seen with a fast tokenizer only: others do not say what a token covers.")
+    prompt = template.render(pair.source)
+    begin = len(template.text.partition("{source}")[0])
+    end = begin + len(pair.source)
+    encoded = tokenizer(prompt, add_special_tokens=not template.chat, return_offsets_mapping=True)
+    return [first < end and last > begin and last > first for first, last in encoded.offset_mapping]
+
+
+def _batches(size: int, lengths: list[int]) -> list[list[int]]:
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + size] for start in range(0, len(order), size)]
