@@ -187,7 +187,8 @@ def tables(results: dict) -> dict[str, str]:
     evaluations = {language: read(Evaluation, parts["main"]) for language, parts in per_language.items()}
     found["setting"] = (
         f"{', '.join(map(language_name, per_language))}; {next(iter(evaluations.values())).pairs} held-out pairs each; "
-        f"{ROWS} rows; {results['config']['embed_steps']} steps of embedding tuning and {results['config']['steps']} of "
+        f"{ROWS} rows; "
+        f"{results['config']['embed_steps']} steps of embedding tuning and {results['config']['steps']} of "
         f"partial tuning, batch {results['config']['batch_size']}, learning rates {results['config']['embed_lr']} and "
         f"{results['config']['lr']} standard deviations of the table; {results['seeds']} training seeds; greedy, at "
         f"most {NEW_TOKENS} new tokens. Machine: {results['machine']['cpu']}, {results['machine']['cores']} cores. "

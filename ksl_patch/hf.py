@@ -484,11 +484,11 @@ def generate(
     with attach(model) as handle:
         slot_of = {id(patch): handle.bank.add(slot_rows(patch)) for patch in distinct}
         slots = [slot_of.get(id(patch), 0) for patch in patches]
-        return _batches(model, tokenizer, prompts, slots, handle, max_new_tokens, batch_size)
+        return complete(model, tokenizer, prompts, slots, handle, max_new_tokens, batch_size)
 
 
 @torch.no_grad()
-def _batches(
+def complete(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
@@ -497,6 +497,7 @@ def _batches(
     max_new_tokens: int,
     batch_size: int | None,
 ) -> list[Completion]:
+    """Greedy completions of prompts on a model with patches attached, the bank's slot for each."""
     ends = end_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     size = batch_size or len(prompts) or 1

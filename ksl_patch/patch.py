@@ -108,8 +108,20 @@ class TrainingMeta:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The patch that some rows of a merged one came from."""
+
+    name: str
+    digest: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PatchMeta:
-    """Everything a patch file says besides its tensors. tokens: the text of each token id, for people to read."""
+    """Everything a patch file says besides its tensors.
+
+    tokens: the text of each token id, for people to read. origin: where the rows of a merged patch came from.
+    """
 
     name: str
     language: str | None
@@ -124,6 +136,7 @@ class PatchMeta:
     certificate: dict[str, Any] | None
     licence: str | None
     created: str | None
+    origin: list[Origin] | None = None
 
 
 class _FileMeta(msgspec.Struct, forbid_unknown_fields=True):
@@ -458,6 +471,11 @@ def _check_meta(patch: Patch) -> None:
         raise PatchError(f"the metadata has the text of {len(meta.tokens)} tokens for {k} token ids.")
     if meta.scope == "prompt" and meta.side != "input":
         raise PatchError("scope 'prompt' needs side 'input': the output side acts on what follows the prompt.")
+    if (
+        meta.origin is not None
+        and sorted(i for each in meta.origin for i in each.token_ids) != patch.token_ids.tolist()
+    ):
+        raise PatchError("the metadata's origin does not name each token id once.")
     for name in ("statistic", "pvalue"):
         values = getattr(meta.ticket, name, None)
         if values is not None and len(values) != k:

@@ -11,7 +11,7 @@ import torch
 
 from ksl_patch.base import find_embedding
 from ksl_patch.errors import RunError
-from ksl_patch.hf import Completion, generate
+from ksl_patch.hf import Completion, attach, complete
 from ksl_patch.overlay import replace_rows
 from ksl_patch.patch import Patch, TemplateMeta
 from ksl_patch.train.data import IGNORED, Encoded, Pair, collate
@@ -80,9 +80,9 @@ def run_at(
         where = torch.zeros(len(part), width, dtype=torch.bool)
         for row, i in enumerate(part):  # padded on the left
             where[row, width - len(positions[i].prompt) :] = torch.tensor(positions[i].prompt)
-        with acting(model, patch, where, after=after):
+        with attach(model) as handle, acting(model, patch, where, after=after):
             prompts = [examples[i].prompt for i in part]
-            outputs = generate(model, tokenizer, prompts, [None] * len(part), max_new_tokens=max_new_tokens)
+            outputs = complete(model, tokenizer, prompts, [0] * len(part), handle, max_new_tokens, None)
             completions |= zip(part, outputs, strict=True)
     return of_completions([completions[i] for i in range(len(examples))], losses, counts)
 

@@ -1,0 +1,86 @@
+"""`ksl-patch certify`: how far a patch says what the fully tuned embedding says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ksl_patch.cli.evidence import evidence_options, subject
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ksl_patch.evidence import Certificate
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("reference", metavar="P")
+@click.option(
+    "--delta",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.05,
+    help="The bounds may fail so often.",
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Level of the KS margin.  [default: the ticket's, or 0.05]",
+)
+@evidence_options
+def certify(
+    reference: str, delta: float, alpha: float | None, max_new_tokens: int, output: Path | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Compare a patch with the fully tuned embedding of its build, on held-out pairs.
+
+    Three statements, each with its assumptions: inputs on which the two are bit-equal, counted; the share of next
+    tokens and of whole greedy outputs on which they agree, with a lower bound; and the paper's KS margin, a heuristic,
+    beside what was measured. The result goes into the patch's metadata.
+    """
+    with subject(reference, output=output, needs_build=True, **options) as it:
+        from ksl_patch.evidence import write
+        from ksl_patch.train.agreement import certify as compare
+
+        assert it.build is not None
+        ticket = it.patch.meta.ticket
+        result = compare(
+            it.build,
+            it.patch,
+            it.held_out,
+            alpha=alpha or (ticket and ticket.alpha) or 0.05,
+            delta=delta,
+            max_new_tokens=max_new_tokens,
+            cache=it.cache,
+        )
+        it.save(certificate=write(result))
+    if as_json:
+        print(json.dumps({"path": it.target and str(it.target), "digest": it.patch.digest, **write(result)}))
+        return
+    from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(table(result))
+    if it.target is not None:
+        click.echo(f"Wrote the certificate into {it.target}.")
+
+
+def table(certificate: Certificate) -> Table:
+    """The statements, what was found, and what each rests on."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from ksl_patch.certify import ASSUMPTIONS, statements
+
+    result = Table(
+        title=f"Against the tuned embedding, on {certificate.pairs} held-out pairs",
+        title_justify="left",
+        show_lines=True,
+    )
+    for name in ("", "found", "assumptions"):
+        result.add_column(name, overflow="fold", ratio=3 if name == "assumptions" else 2)
+    for what, found, assumption in statements(certificate):
+        result.add_row(what, found, Text(ASSUMPTIONS[assumption]))
+    return result

@@ -1,0 +1,62 @@
+"""`ksl-patch merge`: one patch with the rows of two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import click
+
+
+@click.command()
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="C",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Patch to write.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing patch.")
+@click.option("--name", metavar="NAME", help="Name of the patch; by default the output file's.")
+@click.option(
+    "--on-conflict",
+    type=click.Choice(["first", "second"]),
+    help="Whose row to take where both change one token otherwise; without it that is an error.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def merge(
+    first: str, second: str, output: Path, force: bool, name: str | None,
+    on_conflict: Literal["first", "second"] | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Make one patch of two for the same base. It says of every row which patch it came from.
+
+    What was measured of A and B does not hold for C: evaluations and certificates are left out. A prompt template is
+    kept where both have the same.
+    """
+    from ksl_patch.merge import merge as join
+    from ksl_patch.store.local import load
+
+    if output.exists() and not force:
+        raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name.")
+    a, b = load(first), load(second)
+    patch = join(a, b, name=name or output.stem, policy=on_conflict)
+    patch.save(output)
+    origin = [(each.name, each.digest, len(each.token_ids)) for each in patch.meta.origin or ()]
+    dropped = patch.meta.template is None and (a.meta.template, b.meta.template) != (None, None)
+    if as_json:
+        print(json.dumps({
+            "path": str(output), "digest": patch.digest, "rows": len(patch.token_ids),
+            "origin": [{"name": who, "digest": digest, "rows": n} for who, digest, n in origin],
+            "template_dropped": dropped,
+        }))  # fmt: skip
+        return
+    click.echo(
+        f"Wrote {output}: {len(patch.token_ids)} rows ({', '.join(f'{n} of {who}' for who, _, n in origin)}), "
+        f"{patch.digest[:12]}"
+    )
+    if dropped:
+        click.echo("The two have different prompt templates, so it names none; each row acts in every prompt.")

@@ -1,0 +1,79 @@
+"""How far a patched model says what the fully tuned one says, on held-out prompts, and the certificate of that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ksl_patch.certify import exact, ks_margin, lower_bound
+from ksl_patch.errors import RunError
+from ksl_patch.evidence import Certificate
+from ksl_patch.hf import attach, slot_rows
+from ksl_patch.patch import Patch
+from ksl_patch.train.build import Build
+from ksl_patch.train.data import Encoded, Example, collate
+from ksl_patch.train.evaluate import run
+
+
+def certify(
+    build: Build,
+    patch: Patch,
+    held_out: Encoded,
+    *,
+    alpha: float = 0.05,
+    delta: float = 0.05,
+    max_new_tokens: int = 128,
+    cache: Path | None = None,
+) -> Certificate:
+    """The certificate of a patch against the tuned embedding that its build began with.
+
+    held_out: pairs that trained nothing and chose nothing. Raises RunError when the build has no tuned embedding.
+    """
+    if not build.is_embedding_tuned:
+        raise RunError(
+            "the run folder has no tuned embedding to compare the patch with: a build with the selection "
+            "'frequency' or 'random' makes none; `ksl-patch build --selection ks` in the same folder does."
+        )
+    tuned = build.embedding_patch()
+    prompts = [example.prompt for example in held_out.examples]
+    tokens, margins = next_tokens(build.model, held_out.examples, tuned)
+    patched, _ = next_tokens(build.model, held_out.examples, patch)
+    outputs = [
+        run(build.model, build.tokenizer, held_out, each, max_new_tokens=max_new_tokens, cache=cache).token_ids
+        for each in (tuned, patch)
+    ]
+    n = len(held_out)
+    return Certificate(
+        pairs=n,
+        data_digest=held_out.digest,
+        delta=delta,
+        max_new_tokens=max_new_tokens,
+        exact=exact(patch, tuned, prompts),
+        next_token=lower_bound(int((tokens == patched).sum()), n, delta),
+        continuation=lower_bound(sum(a == b for a, b in zip(*outputs, strict=True)), n, delta),
+        margin=ks_margin(
+            margins, tokens != patched, torch.from_numpy(build.ks().statistic), patch.token_ids,
+            build.base.hidden_size, alpha,
+        ),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def next_tokens(
+    model: Any, examples: Sequence[Example], patch: Patch, *, batch_size: int = 16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The greedy token after each prompt, int64 [n], and its probability minus that of the second, float32 [n]."""
+    tokens, margins = [], []
+    with attach(model) as handle, handle.serving([handle.bank.add(slot_rows(patch))]):
+        for start in range(0, len(examples), batch_size):
+            part = [Example(example.prompt, []) for example in examples[start : start + batch_size]]
+            batch = {k: v.to(model.device) for k, v in collate(part, pad=0).items() if k != "labels"}
+            logits = model(**batch, use_cache=False).logits
+            last = batch["attention_mask"].sum(dim=1) - 1
+            top = logits[torch.arange(len(part), device=last.device), last].float().softmax(-1).topk(2)
+            tokens.append(top.indices[:, 0].cpu())
+            margins.append((top.values[:, 0] - top.values[:, 1]).cpu())
+    return torch.cat(tokens), torch.cat(margins)
