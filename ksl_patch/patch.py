@@ -86,6 +86,13 @@ class TicketMeta:
     statistic: list[float] | None
     pvalue: list[float] | None
 
+    @property
+    def rule(self) -> str:
+        """The selection in words, such as "ks (p < 0.05, at most 32)"."""
+        limits = [f"p < {self.alpha:g}"] if self.alpha else []
+        limits += [f"at most {self.top_k}"] if self.top_k else []
+        return f"{self.selection} ({', '.join(limits)})" if limits else self.selection
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMeta:
@@ -317,6 +324,20 @@ class Patch:
         if patch._checksum() != file.checksum:
             raise PatchError("the content does not match its checksum: the file is damaged or was edited.")
         return patch
+
+    def row_facts(self) -> list[dict[str, Any]]:
+        """Per row: token_id, token (its text), statistic (D), pvalue, base_norm, change_norm; None where unknown."""
+        meta, k = self.meta, len(self.token_ids)
+        base = self.base_rows.float()
+        columns: dict[str, list[Any]] = {
+            "token_id": self.token_ids.tolist(),
+            "token": meta.tokens or [None] * k,
+            "statistic": (meta.ticket and meta.ticket.statistic) or [None] * k,
+            "pvalue": (meta.ticket and meta.ticket.pvalue) or [None] * k,
+            "base_norm": base.norm(dim=1).tolist(),
+            "change_norm": (self.rows.float() - base).norm(dim=1).tolist(),
+        }
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {"base_rows": self.base_rows, "rows": self.rows, "token_ids": self.token_ids}

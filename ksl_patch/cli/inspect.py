@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -27,26 +27,11 @@ def inspect(reference: str, rows: int, as_json: bool) -> None:
     size = patch.stat().st_size
     if as_json:
         meta = dataclasses.asdict(loaded.meta)
-        print(json.dumps({"path": str(patch), "bytes": size, "digest": loaded.digest, **meta, "rows": _rows(loaded)}))
+        print(
+            json.dumps({"path": str(patch), "bytes": size, "digest": loaded.digest, **meta, "rows": loaded.row_facts()})
+        )
     else:
         _print(loaded, size, rows)
-
-
-def _rows(patch: Patch) -> list[dict[str, Any]]:
-    """Per row: token id, text, D, p, the norms of the base's row and of the change."""
-    meta = patch.meta
-    k = len(patch.token_ids)
-    base = patch.base_rows.float()
-    ticket = meta.ticket
-    columns: dict[str, list[Any]] = {
-        "token_id": patch.token_ids.tolist(),
-        "token": meta.tokens or [None] * k,
-        "statistic": (ticket and ticket.statistic) or [None] * k,
-        "pvalue": (ticket and ticket.pvalue) or [None] * k,
-        "base_norm": base.norm(dim=1).tolist(),
-        "change_norm": (patch.rows.float() - base).norm(dim=1).tolist(),
-    }
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _print(patch: Patch, size: int, limit: int) -> None:
@@ -74,9 +59,7 @@ def _print(patch: Patch, size: int, limit: int) -> None:
     if meta.template:
         fact("template", repr(meta.template.text))
     if meta.ticket:
-        rule = [f"alpha {meta.ticket.alpha}"] if meta.ticket.alpha else []
-        rule += [f"top {meta.ticket.top_k}"] if meta.ticket.top_k else []
-        fact("ticket", f"{meta.ticket.selection} ({', '.join(rule)})")
+        fact("ticket", meta.ticket.rule)
     if meta.training:
         t = meta.training
         fact("training", f"{t.mode}, {t.pairs} pairs, {t.embed_steps} embedding steps at lr {t.embed_lr:.3g}, "
@@ -88,7 +71,7 @@ def _print(patch: Patch, size: int, limit: int) -> None:
     fact("created", meta.created)
     console.print(facts)
 
-    rows = sorted(_rows(patch), key=lambda row: -(row["statistic"] or 0))
+    rows = sorted(patch.row_facts(), key=lambda row: -(row["statistic"] or 0))
     table = Table(box=None, pad_edge=False)
     for name in ("id", "token", "D", "p", "|base|", "|change|"):
         table.add_column(name, justify="left" if name == "token" else "right")

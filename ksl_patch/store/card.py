@@ -62,7 +62,7 @@ def _section(patch: Patch, repo: str, file: str, base: str) -> str:
         "base": f"`{base}`, fingerprint `{meta.base.fingerprint[:12]}`",
         "rows": f"{len(patch.token_ids)} of {meta.base.vocab_size:,}, {meta.base.hidden_size} values each",
         "side, scope": f"{meta.side}, {meta.scope}",
-        "rows chosen by": meta.ticket and _rule(meta.ticket),
+        "rows chosen by": meta.ticket and meta.ticket.rule,
         "trained on": meta.training and f"{meta.training.pairs:,} sentence pairs",
         "licence": meta.licence,
         "digest": f"`{patch.digest}`",
@@ -97,12 +97,6 @@ with handle.using("{name}"):  # or a list, an entry for each row of the batch
 ```"""
     )
     return "\n\n".join(parts)
-
-
-def _rule(ticket: Any) -> str:
-    rule = [f"p < {ticket.alpha}"] if ticket.alpha else []
-    rule += [f"at most {ticket.top_k}"] if ticket.top_k else []
-    return f"{ticket.selection} ({', '.join(rule)})"
 
 
 def _figures(evaluation: dict[str, Any]) -> str:

@@ -49,6 +49,7 @@ from ksl_patch.train.data import (
 )
 from ksl_patch.train.evaluate import token_loss
 from ksl_patch.train.progress import Reporter, SilentReporter
+from ksl_patch.train.record import Record, read_record, write_record
 from ksl_patch.train.tune import TuneSettings, tune_rows
 
 Mode = Literal["partial", "transfer"]
@@ -153,12 +154,12 @@ class Build:
         """Run whatever is not done yet, and measure the loss of the result on the held-out pairs."""
         patch = self.patch_of(self.ticket())
         patch = patch.with_meta(evaluation=self.losses(patch))
-        here = {
-            name: str(Path(where).resolve())
-            for name in ("base", "pairs")
-            if Path(where := getattr(self.config, name)).exists()
-        }
-        self._keep(_record(patch.digest), json.dumps(asdict(self.config) | here, indent=1).encode())
+        config = asdict(self.config)
+        for name in ("base", "pairs"):
+            if Path(config[name]).exists():  # else an id on the Hub
+                config[name] = str(Path(config[name]).resolve())
+        tested = (self._embedding_folder / "ks.npz").is_file()
+        write_record(self.run, patch.digest, Record(config, self._embedding_folder.name if tested else None))
         return patch
 
     def seeded(self, seed: int) -> Build:
@@ -176,9 +177,7 @@ class Build:
     @property
     def is_embedding_tuned(self) -> bool:
         """Whether the result of the embedding tuning is in the run folder."""
-        config = self.config
-        key = self._tune_key(config.embed_steps, config.embed_lr, None)
-        return (self._folder("embed", key) / "rows.safetensors").is_file()
+        return (self._embedding_folder / "rows.safetensors").is_file()
 
     def embedding_patch(self) -> Patch:
         """The tuned embedding in a patch's form: every row that the tuning could change."""
@@ -199,7 +198,7 @@ class Build:
 
     def ks(self) -> KSResult:
         """Stage 2. The test of every row, kept in `ks.npz` with the counts of the tokens in training."""
-        file = self._folder("embed", self._tune_key(self.config.embed_steps, self.config.embed_lr, None)) / "ks.npz"
+        file = self._embedding_folder / "ks.npz"
         if file.is_file():
             with np.load(file, allow_pickle=False) as saved:
                 return KSResult(saved["statistic"], saved["pvalue"], int(saved["hidden_size"]))
@@ -349,6 +348,10 @@ class Build:
         self.model.eval()
         return rows
 
+    @property
+    def _embedding_folder(self) -> Path:
+        return self._folder("embed", self._tune_key(self.config.embed_steps, self.config.embed_lr, None))
+
     def _tune_key(self, steps: int, lr: float, ticket: Ticket | None) -> dict[str, Any]:
         """All that a tuning's result depends on."""
         config = self.config
@@ -444,18 +447,10 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
     changes: fields of its BuildConfig that are different now, such as where the base and the pairs are.
     Raises RunError without a record, DataError when the pairs are not those of the patch's training.
     """
-    file = run / _record(patch.digest)
     try:
-        recorded = json.loads(file.read_bytes())
-        recorded["columns"] = tuple(recorded["columns"])
-        config = BuildConfig(**recorded | changes)
-    except FileNotFoundError as error:
-        raise RunError(
-            f"there is no record of this patch ({patch.digest[:12]}) in {run}: name the folder that its build kept "
-            "with --run, or build it again there (finished stages are reused)."
-        ) from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunError(f"cannot read the record of the build in {file} ({error}).") from error
+        config = BuildConfig(**read_record(run, patch.digest).config | changes)
+    except TypeError as error:
+        raise RunError(f"the record of the build in {run} is of another version of ksl-patch ({error}).") from error
     build = Build(config, run, reporter or SilentReporter())
     training = patch.meta.training
     if training is None or training.data_digest != data_digest(build.pairs.train):
@@ -465,11 +460,6 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
         )
     patch.check(build.model, build.tokenizer)
     return build
-
-
-def _record(digest: str) -> str:
-    """The file of a run folder that says how a patch was built."""
-    return f"patch-{digest[:16]}.json"
 
 
 def _cpu_computes_bfloat16() -> bool:

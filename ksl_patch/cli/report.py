@@ -1,0 +1,63 @@
+"""`ksl-patch report`: one page that shows a patch, or compares several."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("references", metavar="P...", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    metavar="H",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Page to write.  [default: the first patch's name with .html, here]",
+)
+@click.option("--force", is_flag=True, help="Replace an existing page.")
+@click.option(
+    "--run",
+    "runs",
+    multiple=True,
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="DIR",
+    help="Folder that the build of the patch in the same place kept.  [default: P.run, where it is there]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def report(
+    references: tuple[str, ...], output: Path | None, force: bool, runs: tuple[Path, ...], as_json: bool
+) -> None:
+    """Write one HTML file about a patch: its rows, all rows that were trained, evaluation, samples, certificate.
+
+    Several patches are compared first, then shown one by one. The page needs no network and no script, and can be read
+    on a phone and printed. What was not measured is said to be missing: run `eval` and `certify` before.
+    """
+    try:
+        from ksl_patch.report.page import AllRows, make_report, write_report
+    except ImportError as error:
+        raise click.ClickException(
+            f"reports need the report extra: pip install 'ksl-patch[report]' ({error})."
+        ) from error
+    from ksl_patch.store.local import find
+
+    if len(runs) not in (0, len(references)):
+        raise click.UsageError(f"{len(runs)} --run for {len(references)} patches: give one for each, or none.")
+    found = [find(reference) for reference in references]
+    output = output or Path(f"{found[0][1].meta.name}.html")
+    if output.exists() and not force:
+        raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name with -o.")
+    rows = []
+    for i, (path, patch) in enumerate(found):
+        run = runs[i] if runs else path.with_name(path.name + ".run")
+        rows.append(AllRows.of(patch, run) if run.is_dir() else None)
+    page = make_report([patch for _, patch in found], rows)
+    write_report(output, page)
+    if as_json:
+        print(json.dumps({
+            "path": str(output), "bytes": output.stat().st_size, "digests": [patch.digest for _, patch in found],
+        }))  # fmt: skip
+    else:
+        click.echo(f"Wrote {output}: {output.stat().st_size:,} bytes.")

@@ -1,0 +1,286 @@
+"""From patches to the page: what is shown of each, in the form that `page.html` lays out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from ksl_patch import __version__
+from ksl_patch.certify import ASSUMPTIONS, statements
+from ksl_patch.errors import RunError
+from ksl_patch.evidence import METRICS, SYSTEMS, Certificate, Evaluation, Figure, SystemScores, read, show
+from ksl_patch.kstest import critical_statistic
+from ksl_patch.patch import Patch
+from ksl_patch.report.figures import Dot, Picture, dot_plot, histogram, quoted, volcano
+from ksl_patch.train.record import read_record
+
+_HISTOGRAMS = 6
+_ROWS = 24
+_PLOTTED = ("loss", "chrf_first_line", "chrf", "bleu_first_line", "stop_rate", "characters")
+
+
+@dataclass(frozen=True)
+class AllRows:
+    """The test of every row and how often its token occurs in training, [V] each, as a run folder keeps them."""
+
+    statistic: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, patch: Patch, run: Path) -> AllRows | None:
+        """Those of the patch's own build; None where the folder has none. Raises RunError for a damaged one."""
+        record = read_record(run, patch.digest)
+        file = run / (record.tests or "-") / "ks.npz"
+        if not file.is_file():
+            return None
+        try:
+            with np.load(file, allow_pickle=False) as saved:
+                found = cls(saved["statistic"], saved["counts"])
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"cannot read {file} ({error}).") from error
+        if not len(found.statistic) == len(found.counts) == patch.meta.base.vocab_size:
+            raise RunError(f"{file} is not a test of this patch's base.")
+        return found
+
+
+def make_report(patches: Sequence[Patch], rows: Sequence[AllRows | None]) -> str:
+    """The page for one patch, or for several with a comparison before them. rows: one for each patch, where at hand.
+
+    Raises PatchError for a patch whose evaluation or certificate is not in this version's form.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ksl_patch.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sections = [_section(f"p{i}", patch, tested) for i, (patch, tested) in enumerate(zip(patches, rows, strict=True))]
+    title = " · ".join(patch.meta.name for patch in patches)
+    return environment.get_template("page.html").render(
+        title=title,
+        sections=sections,
+        comparison=_comparison(patches) if len(patches) > 1 else None,
+        version=__version__,
+        svg=lambda picture: Markup(picture.svg),
+    )
+
+
+def _section(name: str, patch: Patch, tested: AllRows | None) -> dict[str, Any]:
+    meta = patch.meta
+    evaluation, certificate = read(Evaluation, meta.evaluation), read(Certificate, meta.certificate)
+    return {
+        "id": name,
+        "name": meta.name,
+        "digest": patch.digest,
+        "facts": _facts(patch),
+        "headline": _headline(evaluation),
+        "tokens": _tokens(patch),
+        "shown": _ROWS,
+        "ticket": meta.ticket,
+        "histograms": _histograms(name, patch),
+        "volcano": _volcano(name, patch, tested),
+        "evaluation": evaluation,
+        "figures": [
+            (label, [_cell(system.figures.get(metric), metric) for system in _ordered(evaluation)])
+            for metric, (label, _, _) in METRICS.items()
+        ] if evaluation else [],
+        "systems": [
+            (SYSTEMS.get(system.name, system.name), _count(system)) for system in _ordered(evaluation)
+        ] if evaluation else [],
+        "dots": _dots(name, evaluation),
+        "samples": evaluation.samples if evaluation else [],
+        "certificate": certificate,
+        "statements": [
+            (what, found, ASSUMPTIONS[assumption]) for what, found, assumption in statements(certificate)
+        ] if certificate else [],
+        "provenance": _provenance(patch, evaluation),
+        "template": meta.template and meta.template.text,
+        "origin": meta.origin,
+    }  # fmt: skip
+
+
+def _facts(patch: Patch) -> list[tuple[str, str]]:
+    meta, base = patch.meta, patch.meta.base
+    return [
+        ("language", meta.language or "not said"),
+        ("base", base.model_id or "unnamed"),
+        ("rows", f"{len(patch.token_ids)} of {base.vocab_size:,}, {base.hidden_size} values each"),
+        ("size", f"{patch.rows.nbytes / 1024:,.0f} KiB of rows in {base.dtype}"),
+        ("side, scope", f"{meta.side}, {meta.scope}"),
+        ("licence", meta.licence or "not said"),
+    ]
+
+
+def _headline(evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
+    """The three figures that must be seen together: a name, from base to patch, and the interval of the difference."""
+    if evaluation is None:
+        return []
+    by_name = {system.name: system.figures for system in evaluation.systems}
+    if not {"base", "patch"} <= by_name.keys():
+        change = f"{evaluation.loss_base:.3f} → {evaluation.loss_patch:.3f}"
+        return [(METRICS["loss"][0], change, f"on {evaluation.pairs} held-out pairs")]
+    found = []
+    for metric in ("loss", "chrf_first_line", "stop_rate"):
+        before, after = by_name["base"].get(metric), by_name["patch"].get(metric)
+        if before and after:
+            change = f"{show(metric, before.value)} → {show(metric, after.value)}"
+            found.append((METRICS[metric][0], change, f"difference {_interval(after, metric)}"))
+    return found
+
+
+def _tokens(patch: Patch) -> list[dict[str, str]]:
+    """The rows, largest D first."""
+    return [
+        {
+            "token": "" if row["token"] is None else quoted(row["token"]),
+            "id": str(row["token_id"]),
+            "D": "" if row["statistic"] is None else f"{row['statistic']:.4f}",
+            "p": "" if row["pvalue"] is None else f"{row['pvalue']:.2g}",
+            "base": f"{row['base_norm']:.3f}",
+            "change": f"{row['change_norm']:.3f}",
+        }
+        for row in sorted(patch.row_facts(), key=lambda row: -(row["statistic"] or row["change_norm"]))
+    ]
+
+
+def _histograms(name: str, patch: Patch) -> list[Picture]:
+    meta = patch.meta
+    statistic = meta.ticket.statistic if meta.ticket and meta.ticket.statistic else None
+    change = (patch.rows.float() - patch.base_rows.float()).norm(dim=1).numpy()
+    order = np.argsort(-np.array(statistic if statistic else change), kind="stable")[:_HISTOGRAMS]
+    return [
+        histogram(
+            f"{name}-row{i}",
+            quoted(meta.tokens[i]) if meta.tokens else str(int(patch.token_ids[i])),
+            patch.base_rows[i].float().numpy(),
+            patch.rows[i].float().numpy(),
+            statistic[i] if statistic else None,
+        )
+        for i in order.tolist()
+    ]
+
+
+def _volcano(name: str, patch: Patch, tested: AllRows | None) -> Picture | None:
+    if tested is None:
+        return None
+    meta = patch.meta
+    alpha = (meta.ticket and meta.ticket.alpha) or 0.05
+    critical = critical_statistic(meta.base.hidden_size, alpha)
+    ids = patch.token_ids.numpy()
+    return volcano(
+        f"{name}-volcano", tested.counts, tested.statistic, ids, meta.tokens or [str(i) for i in ids],
+        None if critical is None else (alpha, critical),
+    )  # fmt: skip
+
+
+def _dots(name: str, evaluation: Evaluation | None) -> list[Picture]:
+    if evaluation is None:
+        return []
+    others = [system for system in _ordered(evaluation) if system.name != "base"]
+    kinds = {"patch": "patch", "embedding": "reference"}
+    pictures = []
+    for metric in _PLOTTED:
+        dots = [
+            Dot(SYSTEMS.get(system.name, system.name), system.figures[metric], kinds.get(system.name, "control"))
+            for system in others
+            if metric in system.figures
+        ]
+        if dots:
+            pictures.append(dot_plot(f"{name}-{metric}", metric, dots))
+    return pictures
+
+
+def _comparison(patches: Sequence[Patch]) -> dict[str, Any]:
+    """Several patches beside each other: their figures, and the tokens that they share."""
+    names = [patch.meta.name for patch in patches]
+    evaluations = [read(Evaluation, patch.meta.evaluation) for patch in patches]
+    scores = [
+        next((system.figures for system in evaluation.systems if system.name == "patch"), {}) if evaluation else {}
+        for evaluation in evaluations
+    ]
+    pictures = []
+    for metric in _PLOTTED:
+        dots = [Dot(name, found[metric], "patch") for name, found in zip(names, scores, strict=True) if metric in found]
+        if dots:
+            pictures.append(dot_plot(f"all-{metric}", metric, dots))
+    ids = [set(patch.token_ids.tolist()) for patch in patches]
+    return {
+        "names": names,
+        "facts": [
+            ("language", [patch.meta.language or "" for patch in patches]),
+            ("base", [f"{patch.meta.base.model_id or ''} {patch.meta.base.fingerprint[:12]}" for patch in patches]),
+            ("rows", [str(len(patch.token_ids)) for patch in patches]),
+            ("rows chosen by", [patch.meta.ticket.selection if patch.meta.ticket else "" for patch in patches]),
+            ("held-out pairs", [str(evaluation.pairs) if evaluation else "" for evaluation in evaluations]),
+            (
+                "loss, base → patch",
+                [f"{e.loss_base:.3f} → {e.loss_patch:.3f}" if e else "" for e in evaluations],
+            ),
+        ],
+        "dots": pictures,
+        "shared": [[str(len(a & b)) for b in ids] for a in ids],
+        "same_data": len({e.data_digest for e in evaluations if e}) <= 1,
+    }
+
+
+def _provenance(patch: Patch, evaluation: Evaluation | None) -> list[tuple[str, str]]:
+    meta, base, t = patch.meta, patch.meta.base, patch.meta.training
+    lines = [
+        ("digest", patch.digest),
+        ("created", meta.created or "not said"),
+        ("base fingerprint", base.fingerprint),
+        ("base revision", base.revision or "not said"),
+        ("tokenizer", base.tokenizer_digest or "not said"),
+    ]
+    if meta.ticket:
+        lines.append(("rows chosen by", meta.ticket.rule))
+    if t:
+        lines += [
+            ("training", f"{t.mode}, {t.pairs:,} pairs, batch {t.batch_size}, seed {t.seed}, {t.optimiser}"),
+            ("embedding tuning", f"{t.embed_steps} steps, learning rate {t.embed_lr:.3g}"),
+            ("row tuning", f"{t.steps} steps, learning rate {t.lr:.3g}"),
+            ("training data", t.data_digest),
+        ]
+    if evaluation:
+        lines.append(("held-out data", evaluation.data_digest))
+        lines += [(f"{name} signature", value) for name, value in evaluation.signatures.items()]
+    return lines
+
+
+def _ordered(evaluation: Evaluation) -> list[SystemScores]:
+    order = {name: place for place, name in enumerate(SYSTEMS)}
+    return sorted(evaluation.systems, key=lambda system: order.get(system.name, len(order)))
+
+
+def _count(system: SystemScores) -> str:
+    return "/".join(str(n) for n in dict.fromkeys(system.rows)) if any(system.rows) else ""
+
+
+def _cell(figure: Figure | None, metric: str) -> tuple[str, str]:
+    """A value, and the interval of its difference from the base."""
+    if figure is None:
+        return "", ""
+    return show(metric, figure.value), "" if figure.low is None else _interval(figure, metric)
+
+
+def _interval(figure: Figure, metric: str) -> str:
+    if figure.low is None or figure.high is None:
+        return ""
+    return f"{show(metric, figure.low)} to {show(metric, figure.high)}"
+
+
+def write_report(path: Path, page: str) -> None:
+    """Write the page. Raises RunError."""
+    from ksl_patch.patch import write_atomically
+
+    try:
+        write_atomically(path, page.encode())
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}.") from error

@@ -1,0 +1,52 @@
+"""What a run folder says of a patch that was built in it: the settings, and where the test of its rows is."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ksl_patch.errors import RunError
+from ksl_patch.patch import write_atomically
+
+_STAGE = re.compile(r"[a-z]+-[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class Record:
+    """config: the fields of the BuildConfig. tests: the stage's folder with `ks.npz`; None without a test."""
+
+    config: dict[str, Any]
+    tests: str | None
+
+
+def write_record(run: Path, digest: str, record: Record) -> None:
+    """Keep it. Raises RunError."""
+    try:
+        write_atomically(_file(run, digest), json.dumps(asdict(record), indent=1).encode())
+    except OSError as error:
+        raise RunError(f"cannot keep the run in {run}: {error.strerror or error}.") from error
+
+
+def read_record(run: Path, digest: str) -> Record:
+    """The record of the patch with this digest. Raises RunError when there is none or it cannot be read."""
+    file = _file(run, digest)
+    try:
+        record = Record(**json.loads(file.read_bytes()))
+        if record.tests is not None and not _STAGE.fullmatch(record.tests):
+            raise ValueError(f"{record.tests!r} is not a stage's folder")
+        record.config["columns"] = tuple(record.config["columns"])
+    except FileNotFoundError as error:
+        raise RunError(
+            f"there is no record of this patch ({digest[:12]}) in {run}: name the folder that its build kept "
+            "with --run, or build it again there (finished stages are reused)."
+        ) from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"cannot read the record of the build in {file} ({error}).") from error
+    return record
+
+
+def _file(run: Path, digest: str) -> Path:
+    return run / f"patch-{digest[:16]}.json"
