@@ -84,6 +84,7 @@ def _section(name: str, patch: Patch, tested: AllRows | None) -> dict[str, Any]:
         "tokens": _tokens(patch),
         "shown": _ROWS,
         "ticket": meta.ticket,
+        "retuned": bool(meta.ticket and meta.ticket.statistic and meta.training and meta.training.mode == "partial"),
         "histograms": _histograms(name, patch),
         "volcano": _volcano(name, patch, tested),
         "evaluation": evaluation,
