@@ -1,4 +1,6 @@
 # make test   install, lint, type-check, run every test    make fast   only the tests without the real model
+# make browser   the tests of reports in Chromium (apt-get install chromium)
+# make study   every figure of docs/experiments.md, about an hour on two cores
 # make vllm   the tests with vLLM, in an environment of its own (3.5 GB)
 # make demo   two patches for a real model, about ten minutes on two cores, and what they do
 
@@ -12,9 +14,9 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: test lint fast real vllm demo model bench clean
+.PHONY: test lint fast browser real vllm demo model study bench clean
 
-test: lint fast real vllm
+test: lint fast browser real vllm
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -22,7 +24,10 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 fast: .venv/dev
-	$(BIN)/python -m pytest -m "not real and not vllm"
+	$(BIN)/python -m pytest -m "not real and not vllm and not browser"
+
+browser: .venv/dev
+	$(BIN)/python -m pytest -m browser
 
 real: .venv/dev model
 	KSL_PATCH_DEMO=$(abspath $(DEMO)) $(BIN)/python -m pytest -m "real and not vllm"
@@ -32,6 +37,9 @@ vllm: .venv-vllm/dev model
 
 demo: model
 	$(BIN)/python examples/demo/demo.py $(DEMO)
+
+study: model .venv/dev
+	$(BIN)/python benchmarks/study.py $(DEMO)
 
 model: .venv/run
 	$(BIN)/python examples/demo/fetch.py $(DEMO)
@@ -44,11 +52,11 @@ bench: .venv/dev
 
 .venv/run: pyproject.toml | .venv/bin/python
 	$(PIP) $(TORCH)
-	$(PIP) -e '.[train,gguf]'
+	$(PIP) -e '.[train,report,gguf]'
 	touch $@
 
 .venv/dev: pyproject.toml .venv/run
-	$(PIP) -e '.[train,gguf,datasets,dev]'
+	$(PIP) -e '.[train,report,gguf,datasets,dev]'
 	touch $@
 
 # vLLM pins its transformers and numpy, so it has an environment of its own. Its wheel for CPUs brings builds of

@@ -18,10 +18,11 @@ import numpy as np
 import scipy.stats
 from machine import console, machine
 
-from ksl_patch.evidence import METRICS, SYSTEMS, Evaluation, Figure, SystemScores, read, show, write
+from ksl_patch.evidence import METRICS, Certificate, Evaluation, SystemScores, read, with_interval, write
 from ksl_patch.patch import TemplateMeta, write_atomically
 from ksl_patch.store.card import markdown_table
 from ksl_patch.train.ablate import PLACES, run_at
+from ksl_patch.train.agreement import certify
 from ksl_patch.train.build import Build, BuildConfig
 from ksl_patch.train.compare import evaluate, make_systems
 from ksl_patch.train.data import language_name, make_template
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, DOCUMENT = ROOT / "benchmarks/results/study.json", ROOT / "docs/experiments.md"
 LANGUAGES = ("es", "fr", "id")
 ROWS, SIZES, SEEDS, NEW_TOKENS = 32, (8, 128), 2, 60
+OTHER_RATE = 0.05  # of the embedding tuning, for the power of the test
 ALPHAS = (0.2, 0.1, 0.05, 0.01, 0.001)
 
 
@@ -146,25 +148,45 @@ class Study:
 
     def transfer(self, build, patch):
         """The ticket's rows taken from the tuned embedding instead of tuned alone."""
-        transferred = Build(
-            dataclasses.replace(build.config, mode="transfer"), self.run, self.reporter, (build.model, build.tokenizer)
-        )
+        transferred = self.transferred(build)
         return self.score(build, {"patch": {0: transferred.patch_of(transferred.ticket())}})
+
+    def power(self, build, patch):
+        """What the test sees after an embedding tuning at another learning rate."""
+        loaded = (build.model, build.tokenizer)
+        config = dataclasses.replace(build.config, embed_lr=OTHER_RATE)
+        found = {}
+        for each in (Build(config, self.run, self.reporter, loaded), build):
+            result = each.ks()
+            found[f"{each.config.embed_lr:g}"] = {
+                "loss": each.patched_loss(each.embedding_patch()),
+                "significant": {str(alpha): int((result.pvalue < alpha).sum()) for alpha in ALPHAS},
+                "largest": float(result.statistic.max()),
+            }
+        return found
+
+    def certificates(self, build, patch):
+        """How far the patch, tuned alone or transferred, says what the tuned embedding says."""
+        transferred = self.transferred(build)
+        made = {"tuned alone": patch, "transferred": transferred.patch_of(transferred.ticket())}
+        return {
+            mode: write(certify(build, each, build.held_out, max_new_tokens=NEW_TOKENS, cache=self.run / "outputs"))
+            for mode, each in made.items()
+        }
+
+    def transferred(self, build):
+        config = dataclasses.replace(build.config, mode="transfer")
+        return Build(config, self.run, self.reporter, (build.model, build.tokenizer))
 
     def results(self):
         first = LANGUAGES[0]
-        each = ("main", "ticket", "transfer")
+        each = ("main", "ticket", "transfer", "certificates")
         return {
             language: {part: self.once(language, part, getattr(self, part)) for part in each} for language in LANGUAGES
-        } | {part: self.once(first, part, getattr(self, part)) for part in ("sizes", "places", "templates")}
+        } | {part: self.once(first, part, getattr(self, part)) for part in ("sizes", "power", "places", "templates")}
 
     def seconds(self):
         return sum(json.loads(file.read_bytes())["seconds"] for file in (self.run / "parts").iterdir())
-
-
-def with_interval(metric: str, figure: Figure) -> str:
-    text = show(metric, figure.value)
-    return text if figure.low is None else f"{text} ({show(metric, figure.low)} to {show(metric, figure.high)})"
 
 
 def figures_table(rows: list[tuple[str, SystemScores]], first: str = "") -> str:
@@ -198,16 +220,15 @@ def tables(results: dict) -> dict[str, str]:
     )
     parts = []
     for language, evaluation in evaluations.items():
-        by_name = {system.name: system for system in evaluation.systems}
-        rows = [(label, by_name[name]) for name, label in SYSTEMS.items() if name in by_name]
+        rows = [(system.label, system) for system in evaluation.ordered]
         parts.append(f"### {language_name(language)}\n\n{figures_table(rows)}")
     found["main"] = "\n\n".join(parts)
     found["seeds"] = markdown_table(
-        ("held-out loss", *(SYSTEMS[name] for name in SYSTEMS)),
+        ("held-out loss", *(system.label for system in next(iter(evaluations.values())).ordered)),
         [
             (language_name(language), *(
                 " / ".join(f"{value:.3f}" for value in system.figures["loss"].per_seed)
-                for system in sorted(evaluation.systems, key=lambda each: list(SYSTEMS).index(each.name))
+                for system in evaluation.ordered
             ))
             for language, evaluation in evaluations.items()
         ],
@@ -223,13 +244,14 @@ def tables(results: dict) -> dict[str, str]:
         ]
     )
     tickets = {language: parts["ticket"] for language, parts in per_language.items()}
+    sizes_of = sorted(next(iter(tickets.values()))["frequent"], key=int)
     found["ticket"] = markdown_table(
         ("", "tokens seen", "largest D", "rank correlation of D and frequency",
-         *(f"of its top {k}, among the {k} most frequent" for k in next(iter(tickets.values()))["frequent"]),
+         *(f"of its top {k}, among the {k} most frequent" for k in sizes_of),
          "its first tokens by D"),
         [
             (language_name(language), f"{t['seen']:,}", f"{t['largest']:.3f}", f"{t['spearman']:.2f}",
-             *t["frequent"].values(), " ".join(f"`{json.dumps(token, ensure_ascii=False)}`" for token in t["tokens"]))
+             *(t["frequent"][k] for k in sizes_of), " ".join(f"`{json.dumps(token, ensure_ascii=False)}`" for token in t["tokens"]))
             for language, t in tickets.items()
         ],
     )  # fmt: skip
@@ -246,21 +268,43 @@ def tables(results: dict) -> dict[str, str]:
         ],
     )  # fmt: skip
     sizes = results["parts"]["sizes"]
+    found["certificates"] = markdown_table(
+        ("", "bit-equal inputs", "same next token", "same output", "margin above 2 tau", "of these, changed"),
+        [
+            (
+                f"{language_name(language)}, {mode}",
+                f"{c.exact} of {c.pairs}",
+                *(f"{bound.share:.0%}, at least {bound.lower:.0%}" for bound in (c.next_token, c.continuation)),
+                f"{c.margin.certified} of {c.margin.examples}",
+                c.margin.violations,
+            )
+            for language, parts in per_language.items()
+            for mode, value in parts["certificates"].items()
+            for c in (read(Certificate, value),)
+        ],
+    )
     found["alpha"] = markdown_table(
         ("alpha", *sizes["significant"]), [("rows with p < alpha", *sizes["significant"].values())]
     )
     found["sizes"] = figures_table(
         sorted(
-            ((system.name.replace("patch", "KS ticket") if not system.name.isdigit() else "KS ticket", system)
+            (("base" if system.name == "base" else "KS ticket", system)
              for system in read(Evaluation, sizes["evaluation"]).systems),
             key=lambda row: row[1].rows,
         )
     )  # fmt: skip
+    found["power"] = markdown_table(
+        ("learning rate", "held-out loss of the tuned embedding", "largest D", *(f"p < {alpha}" for alpha in ALPHAS)),
+        [
+            (rate, f"{tuned['loss']:.3f}", f"{tuned['largest']:.3f}", *tuned["significant"].values())
+            for rate, tuned in results["parts"]["power"].items()
+        ],
+    )
     systems = [read(SystemScores, system) for system in results["parts"]["places"]]
     found["places"] = figures_table([(system.name, system) for system in systems], "rows act on")
     found["templates"] = figures_table(
         [
-            (f"{name}: {SYSTEMS[system.name]}", system)
+            (f"{name}: {system.label}", system)
             for name, evaluation in results["parts"]["templates"].items()
             for system in read(Evaluation, evaluation).systems
         ],

@@ -58,6 +58,16 @@ class SystemScores:
     seeds: list[int]
     figures: dict[str, Figure]
 
+    @property
+    def label(self) -> str:
+        """What it is called in tables and pictures."""
+        return SYSTEMS.get(self.name, self.name)
+
+    @property
+    def size(self) -> str:
+        """The number of its rows, one for each seed where they differ; empty for the base."""
+        return "/".join(str(n) for n in dict.fromkeys(self.rows)) if any(self.rows) else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -88,6 +98,12 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     systems: list[SystemScores] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def ordered(self) -> list[SystemScores]:
+        """The systems in the order of `SYSTEMS`, others behind them."""
+        order = {name: place for place, name in enumerate(SYSTEMS)}
+        return sorted(self.systems, key=lambda system: order.get(system.name, len(order)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,3 +175,18 @@ def write(value: Evaluation | Certificate) -> dict[str, Any]:
 def show(metric: str, value: float) -> str:
     """A metric's value in its format."""
     return format(value, METRICS[metric][1])
+
+
+def interval(metric: str, figure: Figure) -> str:
+    """The interval of a figure's difference from the base; empty where it has none."""
+    if figure.low is None or figure.high is None:
+        return ""
+    return f"{show(metric, figure.low)} to {show(metric, figure.high)}"
+
+
+def with_interval(metric: str, figure: Figure | None) -> str:
+    """A figure and, in brackets, the interval of its difference from the base."""
+    if figure is None:
+        return ""
+    between = interval(metric, figure)
+    return show(metric, figure.value) + (f" ({between})" if between else "")

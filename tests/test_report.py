@@ -114,7 +114,8 @@ def test_the_page_says_what_the_patch_is_and_what_was_measured(model):
         patch.digest, patch.meta.base.fingerprint, "8 of 400, 32 values each", "CC-BY-4.0", "ks (p < 0.05)",
         "4.700 → 4.000", "most frequent rows", "random change, same norms", "-0.800 to -0.600",
         "Peace be upon you.", "La paz sea.", "مرحبا بالعالم", "3 of 64 inputs", "A heuristic after KS-Lottery",
-        f"at least {lower_bound(50, 64, 0.05).lower:.1%} with confidence 95%", "nrefs:1|case:mixed", "BLEU is over 13a's words.", "Say {source}:",
+        f"at least {lower_bound(50, 64, 0.05).lower:.1%} with confidence 95%",
+        "nrefs:1|case:mixed", "BLEU is over 13a's words.", "Say {source}:",
     ):  # fmt: skip
         assert part in text, part
     # Each picture has a title and a description inside: the text alternative.
@@ -221,7 +222,7 @@ def test_chromium_shows_it_without_errors_and_without_a_request(model, tmp_path,
     path.write_text(make_report(patches, [all_rows(), all_rows()]))
     said, asked = [], []
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
         page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
         page.emulate_media(media=media)
         page.on("console", lambda message: said.append(message.text))

@@ -74,7 +74,7 @@ def table(evaluation: Evaluation) -> Table:
     """The figures of every system, and under each the interval of its difference from the base."""
     from rich.table import Table
 
-    from ksl_patch.evidence import METRICS, SYSTEMS, show
+    from ksl_patch.evidence import METRICS, interval, show
 
     seeds = max((len(system.seeds) for system in evaluation.systems), default=1)
     result = Table(
@@ -86,15 +86,11 @@ def table(evaluation: Evaluation) -> Table:
     result.add_column("rows", justify="right")
     for label, _, _ in METRICS.values():
         result.add_column(label, justify="right")
-    order = {name: place for place, name in enumerate(SYSTEMS)}
-    for system in sorted(evaluation.systems, key=lambda each: order.get(each.name, len(order))):
+    for system in evaluation.ordered:
         cells = []
         for metric in METRICS:
             figure = system.figures[metric]
-            interval = ""
-            if figure.low is not None and figure.high is not None:
-                interval = f"\n({show(metric, figure.low)} to {show(metric, figure.high)})"
-            cells.append(show(metric, figure.value) + interval)
-        rows = "/".join(str(n) for n in dict.fromkeys(system.rows)) if any(system.rows) else ""
-        result.add_row(SYSTEMS.get(system.name, system.name), rows, *cells)
+            between = interval(metric, figure)
+            cells.append(show(metric, figure.value) + (f"\n({between})" if between else ""))
+        result.add_row(system.label, system.size, *cells)
     return result

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from ksl_patch import __version__
 from ksl_patch.certify import ASSUMPTIONS, statements
 from ksl_patch.errors import RunError
-from ksl_patch.evidence import METRICS, SYSTEMS, Certificate, Evaluation, Figure, SystemScores, read, show
+from ksl_patch.evidence import METRICS, Certificate, Evaluation, Figure, interval, read, show
 from ksl_patch.kstest import critical_statistic
 from ksl_patch.patch import Patch
 from ksl_patch.report.figures import Dot, Picture, dot_plot, histogram, quoted, volcano
@@ -89,11 +89,11 @@ def _section(name: str, patch: Patch, tested: AllRows | None) -> dict[str, Any]:
         "volcano": _volcano(name, patch, tested),
         "evaluation": evaluation,
         "figures": [
-            (label, [_cell(system.figures.get(metric), metric) for system in _ordered(evaluation)])
+            (label, [_cell(system.figures.get(metric), metric) for system in evaluation.ordered])
             for metric, (label, _, _) in METRICS.items()
         ] if evaluation else [],
         "systems": [
-            (SYSTEMS.get(system.name, system.name), _count(system)) for system in _ordered(evaluation)
+            (system.label, system.size) for system in evaluation.ordered
         ] if evaluation else [],
         "dots": _dots(name, evaluation),
         "samples": evaluation.samples if evaluation else [],
@@ -132,7 +132,7 @@ def _headline(evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
         before, after = by_name["base"].get(metric), by_name["patch"].get(metric)
         if before and after:
             change = f"{show(metric, before.value)} → {show(metric, after.value)}"
-            found.append((METRICS[metric][0], change, f"difference {_interval(after, metric)}"))
+            found.append((METRICS[metric][0], change, f"difference {interval(metric, after)}"))
     return found
 
 
@@ -184,12 +184,12 @@ def _volcano(name: str, patch: Patch, tested: AllRows | None) -> Picture | None:
 def _dots(name: str, evaluation: Evaluation | None) -> list[Picture]:
     if evaluation is None:
         return []
-    others = [system for system in _ordered(evaluation) if system.name != "base"]
+    others = [system for system in evaluation.ordered if system.name != "base"]
     kinds = {"patch": "patch", "embedding": "reference"}
     pictures = []
     for metric in _PLOTTED:
         dots = [
-            Dot(SYSTEMS.get(system.name, system.name), system.figures[metric], kinds.get(system.name, "control"))
+            Dot(system.label, system.figures[metric], kinds.get(system.name, "control"))
             for system in others
             if metric in system.figures
         ]
@@ -255,26 +255,11 @@ def _provenance(patch: Patch, evaluation: Evaluation | None) -> list[tuple[str, 
     return lines
 
 
-def _ordered(evaluation: Evaluation) -> list[SystemScores]:
-    order = {name: place for place, name in enumerate(SYSTEMS)}
-    return sorted(evaluation.systems, key=lambda system: order.get(system.name, len(order)))
-
-
-def _count(system: SystemScores) -> str:
-    return "/".join(str(n) for n in dict.fromkeys(system.rows)) if any(system.rows) else ""
-
-
 def _cell(figure: Figure | None, metric: str) -> tuple[str, str]:
     """A value, and the interval of its difference from the base."""
     if figure is None:
         return "", ""
-    return show(metric, figure.value), "" if figure.low is None else _interval(figure, metric)
-
-
-def _interval(figure: Figure, metric: str) -> str:
-    if figure.low is None or figure.high is None:
-        return ""
-    return f"{show(metric, figure.low)} to {show(metric, figure.high)}"
+    return show(metric, figure.value), interval(metric, figure)
 
 
 def write_report(path: Path, page: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ksl_patch.errors import HubError
+from ksl_patch.errors import HubError, PatchError
+from ksl_patch.evidence import METRICS, Evaluation, read, with_interval
 from ksl_patch.patch import Patch
 
 CARD = "README.md"
@@ -75,7 +76,7 @@ def _section(patch: Patch, repo: str, file: str, base: str) -> str:
     if meta.tokens:
         more = f"\n... and {len(meta.tokens) - _TOKENS} more" if len(meta.tokens) > _TOKENS else ""
         parts.append("Its tokens:\n\n" + _fence(" ".join(repr(token) for token in meta.tokens[:_TOKENS]) + more))
-    if figures := _figures(meta.evaluation or {}):
+    if figures := _figures(meta.evaluation):
         parts.append(f"### Evaluation\n\n{figures}")
     parts.append(
         f"""### Use
@@ -99,10 +100,26 @@ with handle.using("{name}"):  # or a list, an entry for each row of the batch
     return "\n\n".join(parts)
 
 
-def _figures(evaluation: dict[str, Any]) -> str:
-    """The evaluation's numbers as a table, as they are named in the file."""
-    rows = [(key, f"{value:.4g}") for key, value in evaluation.items() if isinstance(value, int | float)]
-    return markdown_table(("on held-out pairs", ""), rows) if rows else ""
+def _figures(value: dict[str, Any] | None) -> str:
+    """The evaluation as a table: its systems, or where it has none, its numbers as they are named in the file."""
+    try:
+        evaluation = read(Evaluation, value)
+    except PatchError:  # another tool's
+        evaluation = None
+    if evaluation is None or not evaluation.systems:
+        rows = [(key, f"{number:.4g}") for key, number in (value or {}).items() if isinstance(number, int | float)]
+        return markdown_table(("on held-out pairs", ""), rows) if rows else ""
+    head = ("", *(label for label, _, _ in METRICS.values()))
+    lines = [
+        (system.label, *(with_interval(name, system.figures.get(name)) for name in METRICS))
+        for system in evaluation.ordered
+    ]
+    how = (
+        f"On {evaluation.pairs} held-out pairs, greedy, at most {evaluation.max_new_tokens} new tokens; in brackets "
+        f"the {evaluation.confidence or 0:.0%} interval of the difference from the base (paired bootstrap)."
+    )
+    notes = [*evaluation.notes, *(f"{name}: {value}" for name, value in evaluation.signatures.items())]
+    return "\n\n".join([how, markdown_table(head, lines), "\n".join(f"- {note}" for note in notes)])
 
 
 def markdown_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
