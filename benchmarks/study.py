@@ -251,7 +251,8 @@ def tables(results: dict) -> dict[str, str]:
          "its first tokens by D"),
         [
             (language_name(language), f"{t['seen']:,}", f"{t['largest']:.3f}", f"{t['spearman']:.2f}",
-             *(t["frequent"][k] for k in sizes_of), " ".join(f"`{json.dumps(token, ensure_ascii=False)}`" for token in t["tokens"]))
+             *(t["frequent"][k] for k in sizes_of),
+             " ".join(f"`{json.dumps(token, ensure_ascii=False)}`" for token in t["tokens"]))
             for language, t in tickets.items()
         ],
     )  # fmt: skip

@@ -46,6 +46,26 @@ def test_figures_are_sacrebleu_s_own_raw_and_on_the_first_line():
     assert "13a's words, not spBLEU" in scorer.notes[0]
 
 
+def test_spbleu_is_used_where_its_tokenizer_model_is_at_hand(tmp_path, monkeypatch):
+    import sentencepiece
+
+    (tmp_path / "models").mkdir()
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join([*REFERENCES, *BETTER] * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(texts), model_prefix=str(tmp_path / "pieces"), vocab_size=30, minloglevel=2
+    )
+    (tmp_path / "pieces.model").rename(tmp_path / "models" / "flores200sacrebleuspm")
+    for module in ("sacrebleu.utils", "sacrebleu.tokenizers.tokenizer_spm"):
+        monkeypatch.setattr(f"{module}.SACREBLEU_DIR", str(tmp_path))
+    scorer = Scorer(REFERENCES)
+    assert scorer.notes == []
+    assert "tok:flores200" in scorer.signatures["bleu"]
+    found = scorer.figures([outputs(BETTER)], outputs(BASE))["bleu"].value
+    assert found == pytest.approx(BLEU(tokenize="flores200").corpus_score(BETTER, [REFERENCES]).score)
+    assert found != pytest.approx(BLEU().corpus_score(BETTER, [REFERENCES]).score)
+
+
 def test_intervals_are_paired_over_sentences_and_seeds_are_averaged():
     scorer = Scorer(REFERENCES, resamples=500)
     base = outputs(BASE)

@@ -74,6 +74,12 @@ import click
 @click.option("--accumulate", type=click.IntRange(1), default=1, help="Batches in a step.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of everything random.")
+@click.option(
+    "--data-seed",
+    type=click.IntRange(0, 2**32 - 1),
+    metavar="SEED",
+    help="Seed of the split into training and held-out pairs.  [default: --seed]",
+)
 @click.option("--held-out", type=click.IntRange(0), default=64, help="Pairs kept from training to measure the loss on.")
 @click.option("--max-pairs", type=click.IntRange(1), help="Train on at most this many pairs.")
 @click.option("--max-length", type=click.IntRange(8), default=256, help="Leave out pairs of more tokens than this.")

@@ -58,6 +58,12 @@ def make_systems(
             made["embedding"] = seeded.embedding_patch()
             if "l2" in controls and selection != "l2":
                 made["l2"] = seeded.patch_of(seeded.ticket("l2", k))
+        else:
+            build.reporter.note(
+                "left_out",
+                "the run folder has no tuned embedding, since the selection needs none: it is left out, and the control "
+                "l2, which is chosen from it",
+            )
         if "noise" in controls:
             made["noise"] = noise_patch(this, seed)
         for name, system in made.items():
