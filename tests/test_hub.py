@@ -11,9 +11,11 @@ from conftest import run_cli
 from hub_server import Hub, Repo
 from huggingface_hub import constants
 from test_hf import some_patch
+from test_report import evaluation
 
 from ksl_patch import Patch, attach
 from ksl_patch.errors import HubError
+from ksl_patch.evidence import write
 from ksl_patch.store import hub as hub_store
 from ksl_patch.store import sign
 from ksl_patch.store.hub import HubReference, fetch
@@ -112,6 +114,24 @@ def test_the_card_says_what_the_patch_says_and_keeps_the_others(hub, file, model
     assert licensed.digest in text
     assert "| loss_base | 4.75 |" in text
     assert "ksl-patch serve org/base --patch es=hf://org/langs/es.safetensors" in text
+
+
+def test_the_card_has_the_patch_beside_its_controls(hub, file):
+    Patch.load(file).with_meta(evaluation=write(evaluation())).save(file)
+    code, _, err = run_cli("push", file, "org/langs", "--base-model", "org/base")
+    assert code == 0, err
+    text = hub.repos["org/langs"].read("README.md")
+    assert "On 64 held-out pairs, greedy, at most 60 new tokens; in brackets the 95% interval" in text
+    lines = {
+        line.split("|")[1].strip(): line.split("|")[2].strip() for line in text.splitlines() if line.count("|") == 9
+    }
+    assert lines["base"] == "4.700"
+    assert lines["patch"] == "4.000 (-0.800 to -0.600)"
+    assert list(lines)[2:] == [
+        "base", "embedding tuned", "patch", "most frequent rows", "largest L2 change", "random rows",
+        "random change, same norms",
+    ]  # fmt: skip
+    assert "- chrf: nrefs:1|case:mixed" in text
 
 
 def test_the_cards_own_words_stay(hub, file):

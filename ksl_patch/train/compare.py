@@ -61,8 +61,8 @@ def make_systems(
         else:
             build.reporter.note(
                 "left_out",
-                "the run folder has no tuned embedding, since the selection needs none: it is left out, and the control "
-                "l2, which is chosen from it",
+                "the run folder has no tuned embedding, since the selection needs none: it is left out, and so is the "
+                "control l2, which is chosen from it",
             )
         if "noise" in controls:
             made["noise"] = noise_patch(this, seed)
