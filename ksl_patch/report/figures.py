@@ -133,7 +133,7 @@ def volcano(
 def dot_plot(name: str, metric: str, dots: Sequence[Dot]) -> Picture:
     """The difference of every system from the base in one metric, with its interval. dots: from the top down."""
     label, _, more_is_better = METRICS[metric]
-    figure, axes = _new(4.4, 0.75 + 0.27 * len(dots))
+    figure, axes = _new(4.0, 0.75 + 0.27 * len(dots))
     sentences = []
     for y, dot in enumerate(dots):
         score = dot.score
@@ -154,7 +154,7 @@ def dot_plot(name: str, metric: str, dots: Sequence[Dot]) -> Picture:
     axes.grid(axis="x", linewidth=0.5)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     if METRICS[metric][1].endswith("%"):
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     better = {True: " (right is better)", False: " (left is better)", None: ""}[more_is_better]
     return _picture(
         figure,
