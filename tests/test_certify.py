@@ -149,7 +149,7 @@ def test_the_training_data_of_the_ticket_gives_no_certificate(built, pairs_file,
     assert "in the patch's own training data" in err
     # One trained pair among new ones is enough.
     record = json.loads(next(built.with_name("es.safetensors.run").glob("patch-*.json")).read_text())
-    assert record["max_pairs"] == 100
+    assert record["config"]["max_pairs"] == 100
     fresh = tmp_path / "fresh.tsv"
     fresh.write_text("The bird sees the moon.\tEl ave ve la luna.\nThe bird has bread.\tEl ave tiene pan.\n")
     code, out, err = run_cli("certify", built, "--test", fresh, "--no-save", "--json", "--max-new-tokens", "4")

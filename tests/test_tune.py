@@ -21,7 +21,7 @@ IDS = torch.tensor([3, 17, 300])
 @pytest.fixture
 def examples(tokenizer):
     template = make_template("plain", source_language="en", language="es", tokenizer=tokenizer)
-    return encode(template, [Pair(*pair) for pair in PAIRS[:40]], tokenizer, 1, 256)
+    return encode(template, [Pair(*pair) for pair in PAIRS[:40]], tokenizer, 1, 256).examples
 
 
 def tune(model, examples, folder, ids=IDS, side="input", reporter=None, **changes):

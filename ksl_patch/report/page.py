@@ -18,7 +18,7 @@ from ksl_patch.evidence import METRICS, Certificate, Evaluation, Figure, interva
 from ksl_patch.kstest import critical_statistic
 from ksl_patch.patch import Patch
 from ksl_patch.report.figures import Dot, Picture, dot_plot, histogram, quoted, volcano
-from ksl_patch.train.record import read_record
+from ksl_patch.train.record import read_record, read_tests
 
 _HISTOGRAMS = 6
 _ROWS = 24
@@ -39,11 +39,8 @@ class AllRows:
         file = run / (record.tests or "-") / "ks.npz"
         if not file.is_file():
             return None
-        try:
-            with np.load(file, allow_pickle=False) as saved:
-                found = cls(saved["statistic"], saved["counts"])
-        except (OSError, ValueError, KeyError) as error:
-            raise RunError(f"cannot read {file} ({error}).") from error
+        saved = read_tests(file)
+        found = cls(saved["statistic"], saved["counts"])
         if not len(found.statistic) == len(found.counts) == patch.meta.base.vocab_size:
             raise RunError(f"{file} is not a test of this patch's base.")
         return found

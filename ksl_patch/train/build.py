@@ -49,7 +49,7 @@ from ksl_patch.train.data import (
 )
 from ksl_patch.train.evaluate import token_loss
 from ksl_patch.train.progress import Reporter, SilentReporter
-from ksl_patch.train.record import Record, read_record, write_record
+from ksl_patch.train.record import Record, read_record, read_tests, write_record
 from ksl_patch.train.tune import TuneSettings, tune_rows
 
 Mode = Literal["partial", "transfer"]
@@ -200,8 +200,8 @@ class Build:
         """Stage 2. The test of every row, kept in `ks.npz` with the counts of the tokens in training."""
         file = self._embedding_folder / "ks.npz"
         if file.is_file():
-            with np.load(file, allow_pickle=False) as saved:
-                return KSResult(saved["statistic"], saved["pvalue"], int(saved["hidden_size"]))
+            saved = read_tests(file)
+            return KSResult(saved["statistic"], saved["pvalue"], int(saved["hidden_size"]))
         token_ids, rows = self.embedding()
         before = self._base_rows(token_ids)
         tested = ks_test(before, rows)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ksl_patch.errors import RunError
 from ksl_patch.patch import write_atomically
@@ -46,6 +49,15 @@ def read_record(run: Path, digest: str) -> Record:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"cannot read the record of the build in {file} ({error}).") from error
     return record
+
+
+def read_tests(file: Path) -> dict[str, np.ndarray]:
+    """What `ks.npz` of a stage holds: statistic, pvalue and counts, [V] each, and hidden_size. Raises RunError."""
+    try:
+        with np.load(file, allow_pickle=False) as saved:
+            return {name: saved[name] for name in ("statistic", "pvalue", "counts", "hidden_size")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(f"cannot read {file} ({error}): delete it, and the build will make it again.") from error
 
 
 def _file(run: Path, digest: str) -> Path:
