@@ -105,25 +105,29 @@ def ks_margin(
 
 
 def statements(certificate: Certificate) -> list[tuple[str, str, str]]:
-    """What a certificate says in words: the statement, what was found, and the key of its assumptions."""
+    """What a certificate says in words: the statement, what was found, and its assumptions."""
     c, m = certificate, certificate.margin
     level = f"at least {{:.1%}} with confidence {1 - c.delta:.0%}"
     return [
-        ("Exact: bit-equal on the whole input", f"{c.exact} of {c.pairs} inputs ({c.exact / c.pairs:.1%})", "exact"),
+        (
+            "Exact: bit-equal on the whole input",
+            f"{c.exact} of {c.pairs} inputs",
+            ASSUMPTIONS["exact"],
+        ),
         (
             "Same greedy next token",
             f"{c.next_token.agreements} of {c.next_token.examples}; {level.format(c.next_token.lower)}",
-            "statistical",
+            ASSUMPTIONS["statistical"],
         ),
         (
             f"Same greedy output, up to {c.max_new_tokens} tokens",
             f"{c.continuation.agreements} of {c.continuation.examples}; {level.format(c.continuation.lower)}",
-            "statistical",
+            "As above.",
         ),
         (
             f"KS margin (heuristic): margin above 2 tau = {2 * m.tau:.3f} at alpha {m.alpha:g}",
             f"{m.certified} of {m.examples} predictions; {m.violations} of these changed all the same; "
             f"{m.outside} rows outside the patch moved by tau or more",
-            "margin",
+            ASSUMPTIONS["margin"],
         ),
     ]

@@ -7,11 +7,15 @@ from a file that anybody may have written.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from ksl_patch.errors import PatchError
+
+# A file may hold any number; what is drawn and compared is one that can be.
+Number = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 # The figures of an evaluation in the order of its tables: name, what it is called, its format, is more better?
 METRICS: dict[str, tuple[str, str, bool | None]] = {
@@ -42,11 +46,11 @@ class Figure:
     low, high: the paired bootstrap interval of the difference; None for the base itself.
     """
 
-    value: float
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    per_seed: list[float] = field(default_factory=list)
+    value: Number
+    difference: Number | None = None
+    low: Number | None = None
+    high: Number | None = None
+    per_seed: list[Number] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +93,10 @@ class Evaluation:
 
     pairs: int
     data_digest: str
-    loss_base: float
-    loss_patch: float
+    loss_base: Number
+    loss_patch: Number
     max_new_tokens: int | None = None
-    confidence: float | None = None
+    confidence: Share | None = None
     resamples: int | None = None
     signatures: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -112,8 +116,8 @@ class Bound:
 
     agreements: int
     examples: int
-    share: float
-    lower: float
+    share: Share
+    lower: Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +128,8 @@ class Margin:
     prediction did change. outside: rows that the patch leaves alone though they moved by tau or more.
     """
 
-    alpha: float
-    tau: float
+    alpha: Share
+    tau: Number
     certified: int
     violations: int
     outside: int
@@ -141,7 +145,7 @@ class Certificate:
 
     pairs: int
     data_digest: str
-    delta: float
+    delta: Share
     max_new_tokens: int
     exact: int
     next_token: Bound

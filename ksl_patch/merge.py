@@ -9,7 +9,7 @@ import torch
 
 from ksl_patch.base import row_bits
 from ksl_patch.errors import PatchError
-from ksl_patch.patch import Origin, Patch, check_name
+from ksl_patch.patch import Origin, Patch, check_name, timestamp
 
 Policy = Literal["first", "second"]
 
@@ -56,9 +56,11 @@ def diff(a: Patch, b: Patch) -> Difference:
     tokens = a.meta.tokens
     settings = {
         name: (getattr(a.meta, name), getattr(b.meta, name))
-        for name in ("side", "scope", "template")
+        for name in ("side", "scope")
         if getattr(a.meta, name) != getattr(b.meta, name)
     }
+    if a.meta.template != b.meta.template:
+        settings["template"] = (a.meta.template and a.meta.template.text, b.meta.template and b.meta.template.text)
     return Difference(
         added=b.token_ids[~torch.isin(b.token_ids, a.token_ids)].tolist(),
         removed=a.token_ids[~torch.isin(a.token_ids, b.token_ids)].tolist(),
@@ -125,6 +127,7 @@ def merge(a: Patch, b: Patch, *, name: str, policy: Policy | None = None) -> Pat
             training=None,
             evaluation=None,
             certificate=None,
+            created=timestamp(),
             licence=None if None in licences else " AND ".join(str(licence) for licence in licences),
             origin=_origin(a, kept) + _origin(b, taken),
         ),

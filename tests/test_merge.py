@@ -111,7 +111,7 @@ def test_the_command_line_compares_and_merges(model, tmp_path, tokenizer):
     code, out, _ = run_cli("diff", *paths[:2], "--json")
     found = json.loads(out)
     assert (code, found["added"], found["removed"]) == (1, [60], [40])
-    assert found["settings"]["template"][1]["text"] == "{source} in French:"
+    assert found["settings"]["template"][1] == "{source} in French:"
     code, out, _ = run_cli("diff", *paths[:2])
     assert "1 tokens only in" in out
     assert json.dumps(tokenizer.decode([50])) in out

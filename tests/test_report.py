@@ -164,6 +164,18 @@ def test_what_is_not_at_hand_is_said_to_be_missing(model):
     assert "4.500 for the base, 4.250 with the patch" in text
     with pytest.raises(PatchError, match="evaluation is not in the form"):
         make_report([make(model, evaluation={"pairs": "many"})], [None])
+    huge = write(evaluation())
+    huge["systems"][2]["figures"]["loss"]["value"] = 1e308
+    with pytest.raises(PatchError, match="evaluation is not in the form"):
+        make_report([make(model, evaluation=huge)], [None])
+
+
+def test_any_token_and_any_finite_row_can_be_drawn(model):
+    patch = make(model, tokens=["\0", "\x1b[31m", "\u2028", "$$", "_{", "\\", "%", "a" * 5000])
+    rows = patch.rows.clone()
+    rows[:, 0], rows[:, 1] = 3e38, -3e38
+    page = make_report([dataclasses.replace(patch, rows=rows)], [AllRows(np.zeros(400), np.zeros(400, dtype=np.int64))])
+    assert "Values of the row of" in page
 
 
 def test_several_patches_are_compared_first(model):

@@ -67,6 +67,8 @@ def _print(patch: Patch, size: int, limit: int) -> None:
     if meta.evaluation and {"loss_base", "loss_patch"} <= meta.evaluation.keys():
         e = meta.evaluation
         fact("held-out loss", f"{e['loss_base']:.3f} base, {e['loss_patch']:.3f} patch, on {e['pairs']} pairs")
+    if meta.origin:
+        fact("merged from", ", ".join(f"{o.name} {o.digest[:12]} ({len(o.token_ids)} rows)" for o in meta.origin))
     fact("licence", meta.licence)
     fact("created", meta.created)
     console.print(facts)

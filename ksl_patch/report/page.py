@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ksl_patch import __version__
-from ksl_patch.certify import ASSUMPTIONS, statements
+from ksl_patch.certify import statements
 from ksl_patch.errors import RunError
 from ksl_patch.evidence import METRICS, Certificate, Evaluation, Figure, interval, read, show
 from ksl_patch.kstest import critical_statistic
@@ -95,9 +95,7 @@ def _section(name: str, patch: Patch, tested: AllRows | None) -> dict[str, Any]:
         "dots": _dots(name, evaluation),
         "samples": evaluation.samples if evaluation else [],
         "certificate": certificate,
-        "statements": [
-            (what, found, ASSUMPTIONS[assumption]) for what, found, assumption in statements(certificate)
-        ] if certificate else [],
+        "statements": statements(certificate) if certificate else [],
         "provenance": _provenance(patch, evaluation),
         "template": meta.template and meta.template.text,
         "origin": meta.origin,
@@ -157,8 +155,8 @@ def _histograms(name: str, patch: Patch) -> list[Picture]:
         histogram(
             f"{name}-row{i}",
             quoted(meta.tokens[i]) if meta.tokens else str(int(patch.token_ids[i])),
-            patch.base_rows[i].float().numpy(),
-            patch.rows[i].float().numpy(),
+            patch.base_rows[i].double().numpy(),
+            patch.rows[i].double().numpy(),
             statistic[i] if statistic else None,
         )
         for i in order.tolist()
