@@ -194,7 +194,7 @@ def figures_table(rows: list[tuple[str, SystemScores]], first: str = "") -> str:
     lines = [
         (
             name,
-            "/".join(map(str, dict.fromkeys(system.rows))) if any(system.rows) else "",
+            system.size,
             *(with_interval(metric, system.figures[metric]) for metric in METRICS),
         )
         for name, system in rows

@@ -37,6 +37,7 @@ SYSTEMS = {
     "random": "random rows",
     "noise": "random change, same norms",
 }
+CONTROLS = ("frequency", "l2", "random", "noise")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -467,6 +467,12 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     return ids
 
 
+def end_token_id(model: Any, tokenizer: Any) -> int:
+    """The token id that ends an answer in training: the tokenizer's own, or the first of `end_token_ids`."""
+    ids = end_token_ids(model, tokenizer)
+    return ids[0] if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+
+
 def generate(
     model: Any,
     tokenizer: Any,

@@ -108,9 +108,7 @@ def merge(a: Patch, b: Patch, *, name: str, policy: Policy | None = None) -> Pat
         return getattr(a.meta, field) if getattr(a.meta, field) == getattr(b.meta, field) else None
 
     licences = list(dict.fromkeys(patch.meta.licence for patch in (a, b)))
-    text = dict(zip(a.token_ids.tolist(), a.meta.tokens or (), strict=False)) | dict(
-        zip(b.token_ids.tolist(), b.meta.tokens or (), strict=False)
-    )
+    text = token_texts(a, b)
     has_output = a.output_rows is not None or b.output_rows is not None
     return Patch(
         token_ids=ids,
@@ -132,6 +130,13 @@ def merge(a: Patch, b: Patch, *, name: str, policy: Policy | None = None) -> Pat
             origin=_origin(a, kept) + _origin(b, taken),
         ),
     )
+
+
+def token_texts(*patches: Patch) -> dict[int, str]:
+    """The texts of tokens by id, as far as the patches say them."""
+    return {
+        i: text for patch in patches for i, text in zip(patch.token_ids.tolist(), patch.meta.tokens or (), strict=False)
+    }
 
 
 def _conflicts(difference: Difference, policy: Policy | None) -> list[int]:

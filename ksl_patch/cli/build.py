@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from ksl_patch.cli.options import columns_option
+
 
 @click.command(context_settings={"show_default": True})
 @click.option("--base", required=True, metavar="M", help="Base model: a local folder or a Hub id.")
@@ -19,7 +21,7 @@ import click
     metavar="F",
     help="Sentence pairs: .jsonl, .tsv, or a Hugging Face dataset id[:config[:split]].",
 )
-@click.option("--columns", default="source,target", metavar="S,T", help="Names of the two columns of the pairs.")
+@columns_option("Names of the two columns of the pairs.")
 @click.option("--language", required=True, metavar="L", help="Target language, a BCP 47 tag such as sw or pt-BR.")
 @click.option("--source-language", default="en", metavar="L", help="Language of the source sentences.")
 @click.option(
@@ -96,7 +98,7 @@ import click
 @click.option("--licence", metavar="SPDX", help="Licence of the patch, such as CC-BY-4.0.")
 @click.option("--device", metavar="DEV", help="Where to train.  [default: cuda when there is one, else cpu]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of progress bars.")
-def build(output: Path, force: bool, run: Path | None, columns: str, as_json: bool, **options: Any) -> None:
+def build(output: Path, force: bool, run: Path | None, as_json: bool, **options: Any) -> None:
     """Build a patch for one language from a base model and sentence pairs.
 
     Three stages: the embedding is tuned, a Kolmogorov-Smirnov test picks the rows that moved (the ticket),
@@ -107,9 +109,6 @@ def build(output: Path, force: bool, run: Path | None, columns: str, as_json: bo
         raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name.")
     if not output.parent.is_dir():
         raise click.UsageError(f"the folder {output.parent} does not exist.")
-    both = tuple(part.strip() for part in columns.split(","))
-    if len(both) != 2:
-        raise click.UsageError("--columns takes two names with a comma between them.")
     if options["selection"] != "ks" and options["top_k"] is None:
         raise click.UsageError(
             f"--selection {options['selection']} needs --top-k: nothing else says how many rows to take."
@@ -133,7 +132,7 @@ def build(output: Path, force: bool, run: Path | None, columns: str, as_json: bo
     leader = PartialState(cpu=options["device"] == "cpu").is_main_process
     reporter = (JsonReporter() if as_json else RichReporter()) if leader else SilentReporter()
     with reporter if isinstance(reporter, RichReporter) else nullcontext():
-        patch = build_patch(BuildConfig(columns=both, **options), run, reporter)  # type: ignore[arg-type]
+        patch = build_patch(BuildConfig(**options), run, reporter)
     if not leader:
         return
     patch.save(output)

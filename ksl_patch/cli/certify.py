@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +56,7 @@ def certify(
         )
         it.save(certificate=write(result))
     if as_json:
-        print(json.dumps({"path": it.target and str(it.target), "digest": it.patch.digest, **write(result)}))
+        print(it.as_json(result))
         return
     from rich.console import Console
 

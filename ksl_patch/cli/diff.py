@@ -20,6 +20,7 @@ def diff(first: str, second: str, rows: int, as_json: bool) -> None:
     names or digests of the local store, or hf://ORG/REPO[@REV]/FILE. Exits with 0 when both do the same, else with 1.
     """
     from ksl_patch.merge import diff as compare
+    from ksl_patch.merge import token_texts
     from ksl_patch.store.local import load
 
     a, b = load(first), load(second)
@@ -46,11 +47,7 @@ def diff(first: str, second: str, rows: int, as_json: bool) -> None:
             markup=False,
             highlight=False,
         )
-        tokens = {
-            i: token
-            for patch in (a, b)
-            for i, token in zip(patch.token_ids.tolist(), patch.meta.tokens or (), strict=False)
-        }
+        tokens = token_texts(a, b)
         table = Table(box=None, pad_edge=False)
         for name in ("", "id", "token", "cosine of the changes", "norm of the difference"):
             table.add_column(name, justify="left" if name in ("", "token") else "right")

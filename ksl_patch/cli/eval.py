@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +43,14 @@ def eval(
 
     Everything trained and generated stays in the run folder: an evaluation that was cut off continues.
     """
-    known = ("frequency", "l2", "random", "noise")
-    chosen = {"all": known, "none": ()}.get(controls, tuple(part.strip() for part in controls.split(",")))
-    if unknown := set(chosen) - set(known):
-        raise click.UsageError(f"there is no control {sorted(unknown)[0]!r}: all, none, or some of {','.join(known)}.")
+    from ksl_patch.evidence import CONTROLS, write
+
+    chosen = {"all": CONTROLS, "none": ()}.get(controls, tuple(part.strip() for part in controls.split(",")))
+    if unknown := set(chosen) - set(CONTROLS):
+        raise click.UsageError(
+            f"there is no control {sorted(unknown)[0]!r}: all, none, or some of {','.join(CONTROLS)}."
+        )
     with subject(reference, output=output, needs_build=False, **options) as it:
-        from ksl_patch.evidence import write
         from ksl_patch.train.compare import evaluate, make_systems
 
         systems = make_systems(it.patch, it.build, chosen, seeds)
@@ -58,7 +59,7 @@ def eval(
         )
         it.save(evaluation=write(result))
     if as_json:
-        print(json.dumps({"path": it.target and str(it.target), "digest": it.patch.digest, **write(result)}))
+        print(it.as_json(result))
         return
     from rich.console import Console
 

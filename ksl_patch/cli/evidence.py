@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ksl_patch.cli.options import columns_option
+
 if TYPE_CHECKING:
+    from ksl_patch.evidence import Certificate, Evaluation
     from ksl_patch.patch import Patch
     from ksl_patch.train.build import Build
     from ksl_patch.train.data import Encoded
@@ -30,7 +34,7 @@ _OPTIONS = (
         metavar="G",
         help="Use these pairs, which no training saw, instead of those that the build held out.",
     ),
-    click.option("--columns", default="source,target", metavar="S,T", help="Names of the two columns of --test."),
+    columns_option("Names of the two columns of --test."),
     click.option("--limit", type=click.IntRange(2), metavar="N", help="Use the first N held-out pairs only."),
     click.option("--max-new-tokens", type=click.IntRange(1), default=128, help="Cut greedy outputs after this many."),
     click.option(
@@ -71,11 +75,19 @@ class Subject:
         if self.target is not None:
             self.patch.with_meta(**meta).save(self.target)
 
+    def as_json(self, result: Evaluation | Certificate) -> str:
+        """The result, what it is of and where it was written, as one JSON object."""
+        from ksl_patch.evidence import write
+
+        path = None if self.target is None else str(self.target)
+        return json.dumps({"path": path, "digest": self.patch.digest, **write(result)})
+
 
 @contextmanager
 def subject(
-    reference: str, *, run: Path | None, base: str | None, pairs: str | None, test: str | None, columns: str,
-    limit: int | None, output: Path | None, no_save: bool, device: str | None, needs_build: bool,
+    reference: str, *, run: Path | None, base: str | None, pairs: str | None, test: str | None,
+    columns: tuple[str, str], limit: int | None, output: Path | None, no_save: bool, device: str | None,
+    needs_build: bool,
 ) -> Iterator[Subject]:  # fmt: skip
     """What the options name. Everything that can be wrong is said before the first computation."""
     from ksl_patch.store.local import find
@@ -91,9 +103,6 @@ def subject(
             f"{target} is signed, and new metadata would make the signature invalid: give -o FILE, or --no-save."
         )
     run = run or path.with_name(path.name + ".run")
-    both = tuple(part.strip() for part in columns.split(","))
-    if len(both) != 2:
-        raise click.UsageError("--columns takes two names with a comma between them.")
     if not run.is_dir() and (needs_build or not (base and test)):
         alone = "" if needs_build else ", or measure the patch alone with --base M --test G"
         raise click.UsageError(
@@ -120,7 +129,7 @@ def subject(
             model, tokenizer = load_base(base, device=device)
             patch.check(model, tokenizer)
         if test is not None:
-            held_out = encode_test(patch, model, tokenizer, read_pairs(test, columns=both), build)
+            held_out = encode_test(patch, model, tokenizer, read_pairs(test, columns=columns), build)
         else:
             assert build is not None
             held_out = build.held_out

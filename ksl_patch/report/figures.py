@@ -34,7 +34,6 @@ _STYLE = {
     "text.color": _INK,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
-    "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "xtick.color": _INK,
@@ -66,8 +65,8 @@ def histogram(name: str, token: str, before: np.ndarray, after: np.ndarray, stat
     """The distribution of a row's values before and after. name: unique on the page. before, after: float [d]."""
     figure, axes = _new(2.6, 1.7)
     edges = np.histogram_bin_edges(np.concatenate([before, after]), bins=24)
-    axes.hist(before, bins=edges, color=_OTHER, alpha=0.35, label="base")
-    axes.hist(after, bins=edges, histtype="step", linewidth=1.6, color=_ACCENT, label="patch")
+    axes.hist(before, bins=edges, color=_OTHER, alpha=0.35)
+    axes.hist(after, bins=edges, histtype="step", linewidth=1.6, color=_ACCENT)
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     D = "" if statistic is None else f", D {statistic:.3f}"
@@ -184,18 +183,16 @@ def _picture(figure: Figure, name: str, title: str, description: str) -> Picture
         warnings.simplefilter("ignore")  # the page's fonts draw the glyphs that matplotlib's lacks
         figure.savefig(content, format="svg", transparent=True, dpi=160, metadata={"Date": None, "Creator": None})
     svg = content.getvalue()
-    svg = svg[svg.index("<svg ") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     # Several drawings share a page: names inside each get its own.
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     for stand_in, variable in _VARIABLES.items():
         svg = svg.replace(stand_in, variable)
-    begin, end = svg.index("<svg ") + 5, svg.index(">", svg.index("<svg "))
-    width, height = (float(x) for x in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg[:end])[0])
+    tag, body = re.findall(r"(<svg .*?>)(.*)", svg, flags=re.DOTALL)[0]
+    width, height = (float(x) for x in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', tag)[0])
     head = (
         f'<svg role="img" aria-labelledby="{name}-title {name}-desc" viewBox="0 0 {width} {height}" '
         f'style="max-width: {width * 4 / 3:.0f}px">'
         f'<title id="{name}-title">{html.escape(title)}</title><desc id="{name}-desc">{html.escape(description)}</desc>'
     )
-    assert begin < end
-    return Picture(head + svg[end + 1 :], title, description)
+    return Picture(head + body, title, description)

@@ -16,12 +16,13 @@ from ksl_patch.certify import statements
 from ksl_patch.errors import RunError
 from ksl_patch.evidence import METRICS, Certificate, Evaluation, Figure, interval, read, show
 from ksl_patch.kstest import critical_statistic
-from ksl_patch.patch import Patch
+from ksl_patch.patch import Patch, write_atomically
 from ksl_patch.report.figures import Dot, Picture, dot_plot, histogram, quoted, volcano
 from ksl_patch.train.record import read_record, read_tests
 
 _HISTOGRAMS = 6
 _ROWS = 24
+_KINDS = {"patch": "patch", "embedding": "reference"}  # of a dot; all others are controls
 _PLOTTED = ("loss", "chrf_first_line", "chrf", "bleu_first_line", "stop_rate", "characters")
 
 
@@ -72,27 +73,30 @@ def make_report(patches: Sequence[Patch], rows: Sequence[AllRows | None]) -> str
 def _section(name: str, patch: Patch, tested: AllRows | None) -> dict[str, Any]:
     meta = patch.meta
     evaluation, certificate = read(Evaluation, meta.evaluation), read(Certificate, meta.certificate)
+    systems = evaluation.ordered if evaluation else []
+    # Largest D first, or, where there was no test, what moved farthest.
+    rows = sorted(enumerate(patch.row_facts()), key=lambda row: -(row[1]["statistic"] or row[1]["change_norm"]))
     return {
         "id": name,
         "name": meta.name,
-        "digest": patch.digest,
         "facts": _facts(patch),
         "headline": _headline(evaluation),
-        "tokens": _tokens(patch),
+        "tokens": _tokens(rows),
         "shown": _ROWS,
         "ticket": meta.ticket,
         "retuned": bool(meta.ticket and meta.ticket.statistic and meta.training and meta.training.mode == "partial"),
-        "histograms": _histograms(name, patch),
+        "histograms": _histograms(name, patch, rows),
         "volcano": _volcano(name, patch, tested),
         "evaluation": evaluation,
         "figures": [
-            (label, [_cell(system.figures.get(metric), metric) for system in evaluation.ordered])
+            (label, [_cell(system.figures.get(metric), metric) for system in systems])
             for metric, (label, _, _) in METRICS.items()
-        ] if evaluation else [],
-        "systems": [
-            (system.label, system.size) for system in evaluation.ordered
-        ] if evaluation else [],
-        "dots": _dots(name, evaluation),
+        ],
+        "systems": [(system.label, system.size) for system in systems],
+        "dots": _dots(
+            name,
+            [(each.label, each.figures, _KINDS.get(each.name, "control")) for each in systems if each.name != "base"],
+        ),
         "samples": evaluation.samples if evaluation else [],
         "certificate": certificate,
         "statements": statements(certificate) if certificate else [],
@@ -131,8 +135,7 @@ def _headline(evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
     return found
 
 
-def _tokens(patch: Patch) -> list[dict[str, str]]:
-    """The rows, largest D first."""
+def _tokens(rows: list[tuple[int, dict[str, Any]]]) -> list[dict[str, str]]:
     return [
         {
             "token": "" if row["token"] is None else quoted(row["token"]),
@@ -142,24 +145,20 @@ def _tokens(patch: Patch) -> list[dict[str, str]]:
             "base": f"{row['base_norm']:.3f}",
             "change": f"{row['change_norm']:.3f}",
         }
-        for row in sorted(patch.row_facts(), key=lambda row: -(row["statistic"] or row["change_norm"]))
+        for _, row in rows
     ]
 
 
-def _histograms(name: str, patch: Patch) -> list[Picture]:
-    meta = patch.meta
-    statistic = meta.ticket.statistic if meta.ticket and meta.ticket.statistic else None
-    change = (patch.rows.float() - patch.base_rows.float()).norm(dim=1).numpy()
-    order = np.argsort(-np.array(statistic if statistic else change), kind="stable")[:_HISTOGRAMS]
+def _histograms(name: str, patch: Patch, rows: list[tuple[int, dict[str, Any]]]) -> list[Picture]:
     return [
         histogram(
             f"{name}-row{i}",
-            quoted(meta.tokens[i]) if meta.tokens else str(int(patch.token_ids[i])),
+            str(row["token_id"]) if row["token"] is None else quoted(row["token"]),
             patch.base_rows[i].double().numpy(),
             patch.rows[i].double().numpy(),
-            statistic[i] if statistic else None,
+            row["statistic"],
         )
-        for i in order.tolist()
+        for i, row in rows[:_HISTOGRAMS]
     ]
 
 
@@ -176,18 +175,11 @@ def _volcano(name: str, patch: Patch, tested: AllRows | None) -> Picture | None:
     )  # fmt: skip
 
 
-def _dots(name: str, evaluation: Evaluation | None) -> list[Picture]:
-    if evaluation is None:
-        return []
-    others = [system for system in evaluation.ordered if system.name != "base"]
-    kinds = {"patch": "patch", "embedding": "reference"}
+def _dots(name: str, lines: Sequence[tuple[str, dict[str, Figure], str]]) -> list[Picture]:
+    """A dot plot of each metric. lines: label, figures and kind of what is compared with the base."""
     pictures = []
     for metric in _PLOTTED:
-        dots = [
-            Dot(system.label, system.figures[metric], kinds.get(system.name, "control"))
-            for system in others
-            if metric in system.figures
-        ]
+        dots = [Dot(label, figures[metric], kind) for label, figures, kind in lines if metric in figures]
         if dots:
             pictures.append(dot_plot(f"{name}-{metric}", metric, dots))
     return pictures
@@ -201,11 +193,6 @@ def _comparison(patches: Sequence[Patch]) -> dict[str, Any]:
         next((system.figures for system in evaluation.systems if system.name == "patch"), {}) if evaluation else {}
         for evaluation in evaluations
     ]
-    pictures = []
-    for metric in _PLOTTED:
-        dots = [Dot(name, found[metric], "patch") for name, found in zip(names, scores, strict=True) if metric in found]
-        if dots:
-            pictures.append(dot_plot(f"all-{metric}", metric, dots))
     ids = [set(patch.token_ids.tolist()) for patch in patches]
     return {
         "names": names,
@@ -220,7 +207,7 @@ def _comparison(patches: Sequence[Patch]) -> dict[str, Any]:
                 [f"{e.loss_base:.3f} → {e.loss_patch:.3f}" if e else "" for e in evaluations],
             ),
         ],
-        "dots": pictures,
+        "dots": _dots("all", [(name, found, "patch") for name, found in zip(names, scores, strict=True)]),
         "shared": [[str(len(a & b)) for b in ids] for a in ids],
         "same_data": len({e.data_digest for e in evaluations if e}) <= 1,
     }
@@ -259,8 +246,6 @@ def _cell(figure: Figure | None, metric: str) -> tuple[str, str]:
 
 def write_report(path: Path, page: str) -> None:
     """Write the page. Raises RunError."""
-    from ksl_patch.patch import write_atomically
-
     try:
         write_atomically(path, page.encode())
     except OSError as error:

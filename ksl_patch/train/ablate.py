@@ -11,8 +11,8 @@ import torch
 
 from ksl_patch.base import find_embedding
 from ksl_patch.errors import RunError
-from ksl_patch.hf import Completion, attach, complete
-from ksl_patch.overlay import replace_rows
+from ksl_patch.hf import Completion, attach, complete, slot_rows
+from ksl_patch.overlay import TrainedRows
 from ksl_patch.patch import Patch, TemplateMeta
 from ksl_patch.train.data import IGNORED, Encoded, Pair, collate
 from ksl_patch.train.evaluate import Outputs, answer_losses, of_completions
@@ -95,9 +95,7 @@ def acting(model: Any, patch: Patch, where: torch.Tensor, *, after: bool) -> Ite
     `generate`: columns are counted from its beginning.
     """
     table = find_embedding(model)
-    index = torch.full((table.vocab_size,), -1, dtype=torch.int64, device=table.device)
-    index[patch.token_ids.to(table.device)] = torch.arange(len(patch.token_ids), device=table.device)
-    rows, where = patch.rows.to(table.device, table.dtype), where.to(table.device)
+    rows, where = TrainedRows(table, slot_rows(patch)), where.to(table.device)
     seen = 0
 
     def hook(scale: Any, token_ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -107,7 +105,7 @@ def acting(model: Any, patch: Patch, where: torch.Tensor, *, after: bool) -> Ite
         known = where[:, seen : seen + length]
         marked[:, : known.shape[1]] = known
         seen += length
-        return replace_rows(output, torch.where(marked, index[token_ids], -1), rows, scale)
+        return torch.where(marked[..., None], rows.embed(token_ids, output, scale), output)
 
     with ExitStack() as stack:
         for lookup in table.lookups:

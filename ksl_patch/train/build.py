@@ -23,7 +23,7 @@ from accelerate import PartialState
 from ksl_patch.base import dtype_name, find_embedding, identify
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.evidence import Evaluation, write
-from ksl_patch.hf import attach, end_token_ids, load_base, slot_rows
+from ksl_patch.hf import attach, end_token_id, load_base, slot_rows
 from ksl_patch.kstest import KSResult, ks_test
 from ksl_patch.patch import (
     Patch,
@@ -49,7 +49,7 @@ from ksl_patch.train.data import (
 )
 from ksl_patch.train.evaluate import token_loss
 from ksl_patch.train.progress import Reporter, SilentReporter
-from ksl_patch.train.record import Record, read_record, read_tests, write_record
+from ksl_patch.train.record import Record, keep, read_record, read_tests, write_record
 from ksl_patch.train.tune import TuneSettings, tune_rows
 
 Mode = Literal["partial", "transfer"]
@@ -384,18 +384,11 @@ class Build:
         """A value that a continued run takes from its beginning."""
         file = self.run / name
         if not file.is_file():
-            self._keep(name, json.dumps(value).encode())
+            keep(file, json.dumps(value).encode())
         try:
             return dict(json.loads(file.read_bytes()))
         except (OSError, ValueError) as error:
             raise RunError(f"cannot read {file}: {error}.") from error
-
-    def _keep(self, name: str, content: bytes) -> None:
-        try:
-            self.run.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.run / name, content)
-        except OSError as error:
-            raise RunError(f"cannot keep the run in {self.run}: {error.strerror or error}.") from error
 
     def _base_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
         weight = find_embedding(self.model).weight.detach()
@@ -403,9 +396,8 @@ class Build:
 
     def encode(self, pairs: list[Pair], what: str, template: TemplateMeta | None = None) -> Encoded:
         """Pairs as token ids in a template, the build's own by default. Raises RunError when all are too long."""
-        end = end_token_ids(self.model, self.tokenizer)
-        eos = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else end[0]
-        encoded = encode(template or self.template, pairs, self.tokenizer, eos, self.config.max_length)
+        end = end_token_id(self.model, self.tokenizer)
+        encoded = encode(template or self.template, pairs, self.tokenizer, end, self.config.max_length)
         dropped = len(pairs) - len(encoded)
         if not len(encoded):
             raise RunError(f"every {what} pair is longer than {self.config.max_length} tokens; raise --max-length.")

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from ksl_patch.errors import DataError, RunError
-from ksl_patch.evidence import Evaluation, Sample, SystemScores
-from ksl_patch.hf import end_token_ids
+from ksl_patch.evidence import CONTROLS, Evaluation, Sample, SystemScores
+from ksl_patch.hf import end_token_id
 from ksl_patch.patch import Patch
 from ksl_patch.train.build import Build
 from ksl_patch.train.data import Encoded, Pair, encode
 from ksl_patch.train.evaluate import Outputs, Scorer, run
 from ksl_patch.train.progress import Reporter
 
-CONTROLS = ("frequency", "l2", "random", "noise")
 _SAMPLES = 6
 _SAMPLE_CHARACTERS = 600  # the text of a model that does not stop is long
 
@@ -148,7 +147,4 @@ def encode_test(patch: Patch, model: Any, tokenizer: Any, pairs: list[Pair], bui
         return build.encode(pairs, "test")
     if patch.meta.template is None:
         raise RunError("the patch names no prompt template, so there is nothing to put the sentences into.")
-    end = end_token_ids(model, tokenizer)
-    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else end[0]
-    encoded = encode(patch.meta.template, pairs, tokenizer, eos, 2**20)
-    return encoded
+    return encode(patch.meta.template, pairs, tokenizer, end_token_id(model, tokenizer), 2**20)

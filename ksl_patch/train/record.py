@@ -27,10 +27,16 @@ class Record:
 
 def write_record(run: Path, digest: str, record: Record) -> None:
     """Keep it. Raises RunError."""
+    keep(_file(run, digest), json.dumps(asdict(record), indent=1).encode())
+
+
+def keep(file: Path, content: bytes) -> None:
+    """Write a file of a run folder, which is made where it is not there. Raises RunError."""
     try:
-        write_atomically(_file(run, digest), json.dumps(asdict(record), indent=1).encode())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, content)
     except OSError as error:
-        raise RunError(f"cannot keep the run in {run}: {error.strerror or error}.") from error
+        raise RunError(f"cannot keep the run in {file.parent}: {error.strerror or error}.") from error
 
 
 def read_record(run: Path, digest: str) -> Record:
