@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -52,6 +53,7 @@ class EmbeddingTable:
 
     lookups: every module that reads the table, the model's input embedding first; an encoder-decoder has several.
     head: the module that maps hidden states [..., d] to logits [..., V], or None. tied: its weight is the table itself.
+    Both are the innermost modules, below what PEFT wraps around them. no_head: why there is no head to correct.
     plain: the table is an ordinary floating-point tensor on the device where it is used. It may instead be
     quantised, sharded or offloaded; its rows are then read through the module.
     """
@@ -64,6 +66,7 @@ class EmbeddingTable:
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
+    no_head: str = "this model has no language-model head"
 
     @property
     def weight(self) -> torch.Tensor:
@@ -82,37 +85,108 @@ class EmbeddingTable:
         if self.plain:
             return self.weight.detach().index_select(0, token_ids)
         lookup = self.lookups[0]
-        found: torch.Tensor = lookup.module(token_ids[None])[0]
+        found: torch.Tensor = lookup.module.forward(token_ids[None])[0]  # beside the hooks of a handle
         return found if lookup.scale is None else found / lookup.scale
+
+    def check_head(self, identity: BaseIdentity, token_ids: torch.Tensor, base_rows: torch.Tensor) -> None:
+        """Check that the head has the base rows [k, d] of a patch at its token ids, so that it can take others there.
+
+        Raises BaseMismatchError: the patch would change the embedding alone.
+        """
+        if self.head is None:
+            raise BaseMismatchError(f"the patch changes the head too, and {self.no_head}.")
+        if self.tied:
+            return
+        weight = _stored(self.head)
+        if not _is_plain(weight) or list(weight.shape) != [self.vocab_size, self.hidden_size]:
+            raise BaseMismatchError(
+                f"the patch changes the head too, and this model's head ({type(self.head).__name__}) is not a table of "
+                "floating-point rows: load the base unquantised or dequantised."
+            )
+        own = weight.detach()[token_ids.to(weight.device)].cpu()
+        if _differs(own, base_rows, identity.dtype)[0].any():
+            raise BaseMismatchError(
+                "the patch changes the head too, and was made for a base whose head is tied to the embedding; this "
+                "model's head has other rows."
+            )
+
+
+def innermost(module: Any) -> Any:
+    """The module that PEFT has wrapped, which looks up (or multiplies with) the model's own weight.
+
+    LoRA adds to what that one gives. Raises BaseMismatchError for adapters that read the weight past it, put a
+    weight of their own in its place, or are merged into it.
+    """
+    if "peft" not in sys.modules:
+        return module
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        kind = type(module).__name__
+        if not isinstance(module, LoraLayer) or module.lora_variant:
+            raise BaseMismatchError(
+                f"PEFT's {kind} is around the embedding or the head and does not go through its rows: remove that "
+                "adapter, or make a patch of it (`ksl-patch import`)."
+            )
+        if module.merged:
+            raise BaseMismatchError(f"a LoRA is merged into the embedding or the head ({kind}): unmerge it first.")
+        module = module.base_layer
+    return module
 
 
 def find_embedding(model: Any) -> EmbeddingTable:
     """The embedding and head of a transformers model, by its own `get_input_embeddings`.
 
     Raises BaseMismatchError when the model's embedding is not a lookup in a table, or does more than look a row
-    up and scale it: replaced rows would not have the effect that they had in training.
+    up and scale it: replaced rows would not have the effect that they had in training; and while a patch is merged.
     """
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    merged = getattr(vars(own).get("ksl_patch"), "merged", None)
+    if merged is not None:
+        raise BaseMismatchError(f"the patch {merged} is merged into the model's table: unmerge it first.")
     name = type(model).__name__
-    module = model.get_input_embeddings()
+    module = innermost(model.get_input_embeddings())
     weight: Any = getattr(module, "weight", None)
-    head = model.get_output_embeddings()
+    head, no_head = None, EmbeddingTable.no_head
+    try:
+        head = innermost(model.get_output_embeddings())
+    except BaseMismatchError as error:
+        no_head = str(error).rstrip(".")
     tied = head is not None and weight is not None and getattr(head, "weight", None) is weight
-    plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
+    plain = _is_plain(weight)
     if plain and weight.device.type != "meta":
         sharing = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is weight and m is not module]
         lookups = tuple(Lookup(m, _scale(m, weight.device, weight.dtype)) for m in (module, *sharing))
         for lookup in lookups:
             _check_lookup(lookup, weight, name)
         V, d = weight.shape
-        return EmbeddingTable(lookups, head, tied, True, V, d, weight.dtype, weight.device)
+        return EmbeddingTable(lookups, head, tied, True, V, d, weight.dtype, weight.device, no_head)
     V, d = getattr(module, "num_embeddings", None), getattr(module, "embedding_dim", None)
     if not isinstance(V, int) or not isinstance(d, int):
         raise BaseMismatchError(f"{name}'s input embedding ({type(module).__name__}) is not a table of rows.")
+    if weight is not None and weight.device.type == "meta":
+        tied = False  # offloaded modules share no tensor: the head's own rows tell
     hook = getattr(module, "_hf_hook", None)  # accelerate's, where the table is offloaded
     device = torch.device(getattr(hook, "execution_device", None) or model.device)
     with torch.no_grad():
-        dtype = module(torch.zeros(1, 1, dtype=torch.int64, device=device)).dtype
-    return EmbeddingTable((Lookup(module, _scale(module, device, dtype)),), head, tied, False, V, d, dtype, device)
+        dtype = module.forward(torch.zeros(1, 1, dtype=torch.int64, device=device)).dtype
+    lookup = Lookup(module, _scale(module, device, dtype))
+    return EmbeddingTable((lookup,), head, tied, False, V, d, dtype, device, no_head)
+
+
+def _is_plain(weight: Any) -> bool:
+    return type(weight) in (torch.Tensor, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
+
+
+def _stored(module: Any) -> Any:
+    """A module's weight, from where accelerate keeps it when it is offloaded."""
+    weight: Any = getattr(module, "weight", None)
+    hook: Any = getattr(module, "_hf_hook", None)
+    if weight is not None and weight.device.type == "meta" and getattr(hook, "weights_map", None) is not None:
+        return hook.weights_map["weight"]
+    return weight
 
 
 def _scale(module: nn.Module, device: torch.device, dtype: torch.dtype) -> torch.Tensor | float | None:
@@ -125,7 +199,7 @@ def _check_lookup(lookup: Lookup, weight: torch.Tensor, name: str) -> None:
     probe = torch.arange(min(8, weight.shape[0]), device=weight.device)[None]
     with torch.no_grad():
         # Not row 0: it may be a padding row of zeros, which hides a scale.
-        found, expected = lookup.module(probe)[0, -1], weight[probe[0, -1]]
+        found, expected = lookup.module.forward(probe)[0, -1], weight[probe[0, -1]]
     expected = expected if lookup.scale is None else expected * lookup.scale
     if found.shape != expected.shape or not torch.equal(found, expected):
         raise BaseMismatchError(
@@ -191,15 +265,8 @@ def check_base(
         # Four bits a value err by about a tenth of a row; another model's row is a whole row away.
         differs = (own - expected).norm(dim=1) > 0.2 * expected.norm(dim=1)
         how = "up to quantisation"
-    elif own.dtype == expected.dtype:
-        differs = own != expected
-        how = "exactly"
     else:
-        own, expected = own.double(), expected.double()
-        # Relative to the row's largest value: tiny values may round to zero in float16.
-        tolerance = _ROUNDING * torch.maximum(expected.abs(), 1e-3 * expected.abs().amax(dim=1, keepdim=True))
-        differs = ((own - expected).abs() > tolerance).any(dim=1)
-        how = f"up to rounding ({dtype_name(table.dtype)} here, {identity.dtype} in the patch)"
+        differs, how = _differs(own, expected, identity.dtype)
     if differs.any():
         differs = differs.view(len(token_ids), -1).any(dim=1)
         first = int(token_ids[differs][0])
@@ -215,6 +282,17 @@ def check_base(
             f"the tokenizer's vocabulary (sha256 {vocabulary[:12]}...) is not the one the patch was made with "
             f"({trained[:12]}...): its token ids would mean other tokens."
         )
+
+
+def _differs(own: torch.Tensor, expected: torch.Tensor, stored: str) -> tuple[torch.Tensor, str]:
+    """Where rows [k, d] are other than those of a patch, stored with that dtype, and how closely they must agree."""
+    if own.dtype == expected.dtype:
+        return own != expected, "exactly"
+    how = f"up to rounding ({dtype_name(own.dtype)} here, {stored} in the patch)"
+    own, expected = own.double(), expected.double()
+    # Relative to the row's largest value: tiny values may round to zero in float16.
+    tolerance = _ROUNDING * torch.maximum(expected.abs(), 1e-3 * expected.abs().amax(dim=1, keepdim=True))
+    return ((own - expected).abs() > tolerance).any(dim=1), how
 
 
 def dtype_name(dtype: torch.dtype) -> str:

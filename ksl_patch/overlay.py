@@ -14,23 +14,37 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ksl_patch.bank import LOW, BankTensors, PatchBank, SlotRows
+from ksl_patch.bank import BankTensors, PatchBank, SlotRows
+from ksl_patch.bank.tables import LOW
 from ksl_patch.base import EmbeddingTable, find_embedding
+from ksl_patch.patch import Patch
+
+
+def slot_rows(patch: Patch) -> SlotRows:
+    """A patch in the overlay's terms."""
+    meta = patch.meta
+    return SlotRows(patch.token_ids, patch.rows, meta.side == "input+output", patch.output_rows, meta.scope == "prompt")
 
 
 def replace_rows(
     embeddings: torch.Tensor, position: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor | float | None
 ) -> torch.Tensor:
-    """embeddings [..., d] with `rows[position]` (times the embedding's scale) wherever position int64 [...] >= 0."""
+    """embeddings [..., d] with `rows[position]` (times the embedding's scale) wherever position int64 [...] >= 0.
+
+    Embeddings on another device than the rows get them from there.
+    """
     replacement = F.embedding(position.clamp(min=0), rows)
     if scale is not None:
         replacement = replacement * scale
+    if embeddings.device != rows.device:
+        replacement, position = replacement.to(embeddings.device), position.to(embeddings.device)
     return torch.where((position >= 0)[..., None], replacement.to(embeddings.dtype), embeddings)
 
 
 def correct_logits(
     bank: BankTensors,
     slots: torch.Tensor,
+    width: int,
     hidden: torch.Tensor,
     logits: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -38,12 +52,14 @@ def correct_logits(
 ) -> torch.Tensor:
     """hidden [B, T, d], logits [B, T, V] -> logits with those of the patched tokens from the slots' rows of the head.
 
-    bias: [V], the head's. finish: what the model does to logits after the head.
+    width: the most rows of the head that one of the slots changes; the cost is that of so many for every position.
+    bias: [V], the head's. finish: what the model does to logits after the head. A head on another device than the
+    bank gets the rows from there.
     """
-    entries = bank.outputs[bank.table[slots][..., 3]]  # [B, T or 1, K]
-    known = entries >= 0
-    token_ids = (entries >> 32).clamp(min=0)
-    rows = bank.rows[torch.where(known, entries & LOW, 0)].to(hidden.dtype)  # [B, T or 1, K, d]
+    entries, known = bank.head_entries(slots, width)  # [B, T or 1, K], [B, T or 1, 1]
+    token_ids = (entries >> 32).to(hidden.device)
+    rows = bank.rows[entries & LOW].to(hidden.device, hidden.dtype)  # [B, T or 1, K, d]
+    known = known.to(hidden.device)
     each_row = rows.shape[1] == 1
     patched = hidden @ rows[:, 0].mT if each_row else (rows @ hidden[..., None]).squeeze(-1)  # [B, T, K]
     if bias is not None:
@@ -73,11 +89,15 @@ class Overlay:
         scale: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
         """token_ids [B, T], embeddings [B, T, d] -> [B, T, d] with the patched rows, times the scale, in place."""
-        return replace_rows(embeddings, self.bank.lookup(slots, token_ids), self.bank.rows, scale)
+        bank = self.bank.tensors
+        return replace_rows(embeddings, bank.lookup(slots, token_ids), bank.rows, scale)
 
-    def correct(self, slots: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """hidden [B, T, d], logits [B, T, V] -> logits with those of the patched tokens from the patch's rows."""
-        return correct_logits(self.bank, slots, hidden, logits, self._head_bias)
+    def correct(self, slots: torch.Tensor, width: int, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """hidden [B, T, d], logits [B, T, V] -> logits with those of the patched tokens from the patch's rows.
+
+        width: as in `correct_logits`.
+        """
+        return correct_logits(self.bank.tensors, slots, width, hidden, logits, self._head_bias)
 
 
 class TrainedRows(nn.Module):

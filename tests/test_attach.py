@@ -266,8 +266,8 @@ def test_load_replace_and_unload_while_others_generate(model):
     assert not wrong
     assert sorted(handle.names) == ["live", "still"]
     assert len(handle.bank) == 2
-    used = sum(slot.row_count for slot in handle.bank._slots.values())
-    assert len(handle.bank._free_rows) + used == len(handle.bank.rows)
+    used = sum(slot.room.rows for slot in handle.bank._slots.values())
+    assert len(handle.bank._free_rows) + used == len(handle.bank.tensors.rows)
     handle.detach()
 
 
@@ -302,7 +302,7 @@ def test_detach_leaves_the_model_as_it_was():
     assert torch.equal(model(PROMPTS).logits, logits)
     with pytest.raises(RunError, match="detached"):
         handle.load(patch)
-    rows = weakref.ref(handle.bank.rows)
+    rows = weakref.ref(handle.bank.tensors.rows)
     del handle
     gc.collect()
     assert rows() is None

@@ -3,7 +3,6 @@
 import gc
 import threading
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,8 +28,8 @@ def some_rows(seed, k=5, d=D, vocab_size=V, **changes):
 
 def seen(bank, slot):
     """All that a slot replaces: {token id: row}."""
-    position = bank.lookup(torch.tensor([slot]), torch.arange(bank.vocab_size))
-    return {i: tuple(bank.rows[p].tolist()) for i, p in enumerate(position.tolist()) if p >= 0}
+    position = bank.tensors.lookup(torch.tensor([slot]), torch.arange(bank.vocab_size))
+    return {i: tuple(bank.tensors.rows[p].tolist()) for i, p in enumerate(position.tolist()) if p >= 0}
 
 
 def expected(rows):
@@ -67,11 +66,11 @@ def test_slots_and_token_ids_broadcast_like_a_batch():
     b = bank()
     one, two = (b.add(some_rows(seed, 200)) for seed in (1, 2))
     slots, token_ids = torch.tensor([[one], [0], [two]]), torch.randint(0, V, (3, 70))
-    found = b.lookup(slots, token_ids)
+    found = b.tensors.lookup(slots, token_ids)
     assert found.shape == (3, 70)
     for row, slot in enumerate((one, 0, two)):
-        assert found[row].tolist() == b.lookup(torch.tensor([slot]), token_ids[row]).tolist()
-    assert torch.equal(found, b.lookup(slots, token_ids.int()))
+        assert found[row].tolist() == b.tensors.lookup(torch.tensor([slot]), token_ids[row]).tolist()
+    assert torch.equal(found, b.tensors.lookup(slots, token_ids.int()))
 
 
 def test_a_table_of_every_token_works():
@@ -111,8 +110,8 @@ def test_room_is_used_again_and_nothing_leaks():
         for slot in slots:
             b.remove(slot)
     assert (b.nbytes, b.generation, len(b)) == (size, generation, 0)
-    assert (b.entries == -1).all()
-    assert (b.table == 0).all()
+    assert (b.tensors.entries == -1).all()
+    assert (b.tensors.table == 0).all()
 
 
 def test_a_bank_without_room_in_its_budget_says_so_and_stays_as_it_was():
@@ -144,7 +143,7 @@ def test_eviction_moves_the_least_recently_used_out_and_use_brings_it_back():
             with b.hold([1]):
                 pass
     assert len(b) == 40
-    assert b.nbytes - b.table.nbytes <= 8_000
+    assert b.nbytes - b.tensors.table.nbytes <= 8_000
     assert seen(b, 1) == expected(contents[1]), "it was always the last used"
     assert seen(b, 2) == {}
     for slot, rows in contents.items():
@@ -189,7 +188,7 @@ def test_a_lookup_touches_as_much_with_a_thousand_patches_as_with_one():
             b.add(some_rows(seed))
         slots, token_ids = torch.tensor([[1], [0], [patches]]), torch.randint(0, V, (3, 7))
         with Work() as counted:
-            b.lookup(slots, token_ids)
+            b.tensors.lookup(slots, token_ids)
         return counted.numbers
 
     assert work(1) == work(1000)
@@ -212,7 +211,7 @@ def test_compiled_code_is_compiled_once_whatever_the_bank_and_the_batch_hold():
                 assert tuple(out[row, column].tolist()) == contents[slot].get(token, tuple(weight[token].tolist()))
 
     torch._dynamo.reset()
-    addresses = [getattr(b, name).data_ptr() for name in ("rows", "entries", "outputs", "table")]
+    addresses = [getattr(b.tensors, name).data_ptr() for name in ("rows", "entries", "outputs", "table")]
     with torch._dynamo.config.patch(error_on_recompile=True):
         check(0, 0, 0, 0)
         first, second = some_rows(1, 100), some_rows(2, 100)
@@ -227,7 +226,7 @@ def test_compiled_code_is_compiled_once_whatever_the_bank_and_the_batch_hold():
         contents[two] = {}
         check(two, new, two, 0)
     # Within its capacity a bank stays where it is, which is what a captured CUDA graph needs.
-    assert [getattr(b, name).data_ptr() for name in ("rows", "entries", "outputs", "table")] == addresses
+    assert [getattr(b.tensors, name).data_ptr() for name in ("rows", "entries", "outputs", "table")] == addresses
     assert b.generation == 0
 
 
@@ -250,12 +249,12 @@ def test_threads_that_add_hold_and_remove_never_see_anothers_rows():
         thread.join()
     assert not wrong
     assert len(b) == 0
-    assert len(b._free_rows) == len(b.rows)
+    assert len(b._free_rows) == len(b.tensors.rows)
 
 
 def test_a_bank_lets_go_of_its_memory():
     b = bank(capacity=1000)
-    rows = b.rows
+    rows = b.tensors.rows
     b.add(some_rows(1))
     del b
     gc.collect()
@@ -283,10 +282,14 @@ def test_outputs_of_slots_of_different_width():
     assert b.output_width == 2
     wide = b.add(some_rows(2, 5, output=True, output_rows=torch.ones(5, D)))
     assert b.output_width == 5
+    assert (b.width_of([0, narrow]), b.width_of([narrow, wide])) == (2, 5)
     for slot, k in ((narrow, 2), (wide, 5)):
-        line = b.outputs[b.table[slot, 3]]
+        line, known = b.tensors.head_entries(torch.tensor(slot), 5)
+        assert known.all()
         ids, rows, output_rows = b.contents(slot)
         assert (line >> 32).tolist() == [*ids.tolist(), *[ids[0].item()] * (5 - k)]
-        assert torch.equal(b.rows[line & 0xFFFFFFFF][:k], output_rows)
+        assert torch.equal(b.tensors.rows[line & 0xFFFFFFFF][:k], output_rows)
         assert (output_rows is rows) == (slot == narrow)
-    assert np.unique(b.outputs[0].numpy()).tolist() == [-1]
+    b.remove(wide)
+    assert (b.output_width, b.width_of([narrow, 0])) == (2, 2), "what is gone is not paid for"
+    assert not b.tensors.head_entries(torch.tensor([0, wide]), 5)[1].any()

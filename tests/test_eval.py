@@ -232,9 +232,10 @@ def test_rows_act_only_where_they_are_let(built):
     assert found["everywhere"].losses == pytest.approx(everywhere.losses, rel=1e-5)
     # Scope "prompt" is what the runtimes call it.
     prompt_only = dataclasses.replace(patch, meta=dataclasses.replace(patch.meta, scope="prompt"))
-    assert found["prompt"].token_ids == run(
-        build.model, build.tokenizer, held_out, prompt_only, max_new_tokens=12
-    ).token_ids  # fmt: skip
+    in_scope = run(build.model, build.tokenizer, held_out, prompt_only, max_new_tokens=12)
+    assert found["prompt"].token_ids == in_scope.token_ids
+    assert found["prompt"].losses == pytest.approx(in_scope.losses, rel=1e-5)
+    assert found["prompt"].losses != pytest.approx(everywhere.losses, rel=1e-5)
 
     # By hand, from embeddings: one example, the rows put in at the positions in question.
     example, pair = held_out.examples[0], held_out.pairs[0]

@@ -46,21 +46,21 @@ def test_a_slot_finds_its_last_content_and_nothing_else(writes):
             own.write(slot, content[slot])
     everything = torch.arange(V)
     for slot in range(4):
-        found = own.lookup(torch.tensor(slot), everything)
+        found = own.tensors.lookup(torch.tensor(slot), everything)
         wanted = content.get(slot)
         known = torch.zeros(V, dtype=torch.bool)
         if wanted is not None:
             known[wanted.token_ids] = True
-            assert torch.equal(own.rows[found[wanted.token_ids]], wanted.rows)
+            assert torch.equal(own.tensors.rows[found[wanted.token_ids]], wanted.rows)
         assert torch.equal(found >= 0, known)
 
 
 def test_nothing_of_a_fixed_bank_ever_moves():
     own = bank()
-    before = [getattr(own, name).data_ptr() for name in ("rows", "entries", "outputs", "table")]
+    before = [getattr(own.tensors, name).data_ptr() for name in ("rows", "entries", "outputs", "table")]
     for turn in range(50):
         own.write(1 + turn % 3, rows(list(range(turn, turn + 16)), turn, output=turn % 2 == 0))
-    assert before == [getattr(own, name).data_ptr() for name in ("rows", "entries", "outputs", "table")]
+    assert before == [getattr(own.tensors, name).data_ptr() for name in ("rows", "entries", "outputs", "table")]
 
 
 def test_the_head_s_rows_are_the_slot_s_own_or_shared():
@@ -71,7 +71,7 @@ def test_the_head_s_rows_are_the_slot_s_own_or_shared():
     own.write(2, separate)
     assert own.changes_head
     logits = torch.randn(3, 1, V)
-    found = correct_logits(own, torch.tensor([[0], [1], [2]]), hidden, logits)
+    found = correct_logits(own.tensors, torch.tensor([[0], [1], [2]]), own.max_rows, hidden, logits)
     wanted = logits.clone()
     wanted[1, 0, [3, 9]] = shared.rows @ hidden[1, 0]
     wanted[2, 0, [4, 9]] = separate.output_rows @ hidden[2, 0]
@@ -95,12 +95,12 @@ def test_what_does_not_fit_a_slot_is_refused_before_anything_is_written(bad, why
     own = bank()
     with pytest.raises(BankError, match=why):
         own.write(1, bad)
-    assert not own.table.any()
+    assert not own.tensors.table.any()
 
 
 def test_a_slot_takes_little_more_than_its_rows():
     large = SlotBank(64, 32, 128_256, 4096, dtype=torch.bfloat16, device="meta")
-    assert large.nbytes / 64 < 1.02 * 32 * 4096 * 2
+    assert large.tensors.nbytes / 64 < 1.02 * 32 * 4096 * 2
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -11,8 +11,8 @@ import torch
 
 from ksl_patch.base import find_embedding
 from ksl_patch.errors import RunError
-from ksl_patch.hf import Completion, attach, complete, slot_rows
-from ksl_patch.overlay import TrainedRows
+from ksl_patch.hf import Completion, attach, complete
+from ksl_patch.overlay import TrainedRows, slot_rows
 from ksl_patch.patch import Patch, TemplateMeta
 from ksl_patch.train.data import IGNORED, Encoded, Pair, collate
 from ksl_patch.train.evaluate import Outputs, answer_losses, of_completions

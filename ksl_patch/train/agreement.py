@@ -11,7 +11,8 @@ import torch
 from ksl_patch.certify import exact, ks_margin, lower_bound
 from ksl_patch.errors import RunError
 from ksl_patch.evidence import Certificate
-from ksl_patch.hf import attach, slot_rows
+from ksl_patch.hf import attach
+from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch
 from ksl_patch.train.build import Build
 from ksl_patch.train.data import Encoded, Example, collate
@@ -71,7 +72,8 @@ def next_tokens(
         for start in range(0, len(examples), batch_size):
             part = [Example(example.prompt, []) for example in examples[start : start + batch_size]]
             batch = {k: v.to(model.device) for k, v in collate(part, pad=0).items() if k != "labels"}
-            logits = model(**batch, use_cache=False).logits
+            with handle.marking(batch["attention_mask"] == 1):  # there is nothing but the prompt
+                logits = model(**batch, use_cache=False).logits
             last = batch["attention_mask"].sum(dim=1) - 1
             top = logits[torch.arange(len(part), device=last.device), last].float().softmax(-1).topk(2)
             tokens.append(top.indices[:, 0].cpu())

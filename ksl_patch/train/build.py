@@ -23,8 +23,9 @@ from accelerate import PartialState
 from ksl_patch.base import dtype_name, find_embedding, identify
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.evidence import Evaluation, write
-from ksl_patch.hf import attach, end_token_id, load_base, slot_rows
+from ksl_patch.hf import attach, end_token_id, load_base
 from ksl_patch.kstest import KSResult, ks_test
+from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import (
     Patch,
     Side,
@@ -320,7 +321,7 @@ class Build:
     def patched_loss(self, patch: Patch) -> float:
         """Held-out loss per answer token of the model with the patch's stored rows."""
         with attach(self.model) as handle, handle.serving([handle.bank.add(slot_rows(patch))]):
-            return token_loss(self.model, self.held_out.examples)
+            return token_loss(self.model, self.held_out.examples, handle=handle)
 
     def _tune(
         self, stage: str, kind: str, token_ids: torch.Tensor, steps: int, lr: float, ticket: Ticket | None

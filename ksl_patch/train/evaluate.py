@@ -10,6 +10,7 @@ import json
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from torch.nn import functional as F
 
 from ksl_patch.base import dtype_name
 from ksl_patch.evidence import Figure
-from ksl_patch.hf import Completion, attach, generate, slot_rows
+from ksl_patch.hf import Completion, PatchHandle, attach, generate
+from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch, write_atomically
 from ksl_patch.train.data import IGNORED, Encoded, Example, collate
 
@@ -41,15 +43,22 @@ class Outputs:
 
 
 @torch.no_grad()
-def answer_losses(model: Any, examples: Sequence[Example], *, batch_size: int = 8) -> tuple[list[float], list[int]]:
-    """Negative log-likelihood of each example's answer, in nats, and the number of its tokens."""
+def answer_losses(
+    model: Any, examples: Sequence[Example], *, batch_size: int = 8, handle: PatchHandle | None = None
+) -> tuple[list[float], list[int]]:
+    """Negative log-likelihood of each example's answer, in nats, and the number of its tokens.
+
+    handle: whose patches the model answers with, so that those of scope "prompt" act on the prompts alone.
+    """
     losses, counts = [0.0] * len(examples), [0] * len(examples)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt) + len(examples[i].answer))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in part], pad=0).items()}
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1]
+        labels = batch.pop("labels")
+        with nullcontext() if handle is None else handle.marking(labels == IGNORED):
+            logits = model(**batch, use_cache=False).logits[:, :-1]
+        labels = labels[:, 1:]
         answer = labels != IGNORED
         each = torch.zeros(labels.shape, device=labels.device)
         each[answer] = F.cross_entropy(logits[answer].float(), labels[answer], reduction="none")
@@ -58,9 +67,11 @@ def answer_losses(model: Any, examples: Sequence[Example], *, batch_size: int = 
     return losses, counts
 
 
-def token_loss(model: Any, examples: Sequence[Example], *, batch_size: int = 8) -> float:
-    """Mean negative log-likelihood per answer token, in nats, over all tokens of all examples."""
-    losses, counts = answer_losses(model, examples, batch_size=batch_size)
+def token_loss(
+    model: Any, examples: Sequence[Example], *, batch_size: int = 8, handle: PatchHandle | None = None
+) -> float:
+    """Mean negative log-likelihood per answer token, in nats, over all tokens of all examples; see `answer_losses`."""
+    losses, counts = answer_losses(model, examples, batch_size=batch_size, handle=handle)
     return sum(losses) / sum(counts)
 
 
@@ -107,7 +118,7 @@ def run(
     with attach(model) as handle:
         slot = 0 if patch is None else handle.bank.add(slot_rows(patch))
         with handle.serving([slot]):
-            losses, tokens = answer_losses(model, held_out.examples)
+            losses, tokens = answer_losses(model, held_out.examples, handle=handle)
     outputs = of_completions(
         translate(model, tokenizer, held_out.examples, patch, max_new_tokens=max_new_tokens), losses, tokens
     )

@@ -64,7 +64,7 @@ class PatchedEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]
             dtype=dtype,
             device=next(base.parameters()).device,
         )
-        self.lora_a_stacked = self.bank.rows[:1, :0]  # vLLM asks it for the dtype of its warm-up adapters
+        self.lora_a_stacked = self.bank.tensors.rows[:1, :0]  # vLLM asks it for the dtype of its warm-up adapters
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
@@ -79,8 +79,9 @@ class PatchedEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Token ids int64 or int32 [T] -> embeddings [T, d]."""
-        position = self.bank.lookup(self.slot_of(self.punica_wrapper._token_lora_indices[: x.shape[0]]), x)
-        return replace_rows(self.base_layer(x), position, self.bank.rows, None)
+        bank = self.bank.tensors
+        position = bank.lookup(self.slot_of(self.punica_wrapper._token_lora_indices[: x.shape[0]]), x)
+        return replace_rows(self.base_layer(x), position, bank.rows, None)
 
     def slot_of(self, indices: torch.Tensor) -> torch.Tensor:
         """vLLM's index of an adapter, -1 for none, as a slot. Padding holds anything and may not point outside."""
@@ -94,7 +95,7 @@ class PatchedEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]
 
     def base_rows(self, token_ids: torch.Tensor) -> Any:
         """The base's rows [k, d] of token_ids int64 [k] that are on this rank."""
-        local = (token_ids - self.base_layer.shard_indices.org_vocab_start_index).to(self.bank.rows.device)
+        local = (token_ids - self.base_layer.shard_indices.org_vocab_start_index).to(self.bank.tensors.rows.device)
         return self.base_layer.quant_method.embedding(self.base_layer, local)
 
 
@@ -135,7 +136,8 @@ def _correct(layer: PatchedEmbedding, processor: Any, args: Any, logits: torch.T
 
     # A batch of one position each: [N, 1, d] and slots [N, 1].
     hidden, logits = hidden.to(head_dtype)[:, None], logits[:, None]
-    return correct_logits(layer.bank, slots[:, None], hidden, logits, bias, finish)[:, 0]
+    bank = layer.bank
+    return correct_logits(bank.tensors, slots[:, None], bank.max_rows, hidden, logits, bias, finish)[:, 0]
 
 
 def _indices(punica: Any, hidden: torch.Tensor) -> Any:

@@ -17,8 +17,8 @@ from vllm.lora.utils import get_adapter_absolute_path
 from ksl_patch.bank import SlotRows
 from ksl_patch.base import check_base
 from ksl_patch.errors import BankError, KslPatchError, PatchError
-from ksl_patch.hf import slot_rows
 from ksl_patch.interop import peft
+from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch
 from ksl_patch.store.local import Store
 from ksl_patch.vllm.layer import PatchedEmbedding, correct_head, pack
@@ -29,7 +29,7 @@ class _Table:
 
     def __init__(self, layer: PatchedEmbedding) -> None:
         self.vocab_size, self.hidden_size = layer.base_layer.org_vocab_size, layer.base_layer.embedding_dim
-        self.plain, self.dtype, self.rows = layer.plain, layer.bank.rows.dtype, layer.base_rows
+        self.plain, self.dtype, self.rows = layer.plain, layer.bank.tensors.rows.dtype, layer.base_rows
 
 
 def load_adapter(manager: Any, stock: Callable[[Any, LoRARequest], LoRAModel], request: LoRARequest) -> LoRAModel:
@@ -118,7 +118,7 @@ def _as_rows(layer: PatchedEmbedding, lora: LoRALayerWeights) -> SlotRows:
             f"the adapter changes {len(token_ids)} rows of the embedding, and a slot has room for "
             f"{layer.bank.max_rows}: reserve more with max_rows, or leave the embedding out of the adapter."
         )
-    base = layer.base_layer(token_ids.to(layer.bank.rows.device)).cpu()
+    base = layer.base_layer(token_ids.to(layer.bank.tensors.rows.device)).cpu()
     change = lora.scaling * (lora.lora_a[:, token_ids].T.float() @ lora.lora_b.T.float())
     rows = SlotRows(token_ids, (base.float() + change).to(base.dtype))
     layer.bank.check(rows)

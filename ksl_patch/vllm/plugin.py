@@ -172,7 +172,7 @@ def _bank(worker: Any) -> dict[str, int]:
 
     layers = [m for m in worker.get_model().modules() if isinstance(m, PatchedEmbedding)]
     return {
-        "bytes": sum(layer.bank.nbytes for layer in layers),
+        "bytes": sum(layer.bank.tensors.nbytes for layer in layers),
         "max_rows": min((layer.bank.max_rows for layer in layers), default=0),
         "slots": min((layer.slots for layer in layers), default=0),
     }

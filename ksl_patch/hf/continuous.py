@@ -1,0 +1,272 @@
+"""Patches under transformers' continuous batching: `generate_batch` and its manager, a patch for each request.
+
+A packed batch holds positions of many requests, so each position gets a slot. A request carries its slot itself, and
+whatever transformers makes of the request has it too: it may be forked, and offloaded and begun again. Blocks of the KV
+cache are found by their tokens alone, and two patches must not share them: prefix sharing is switched off while
+patches are attached.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ksl_patch.errors import RunError
+from ksl_patch.hf.choice import Turn
+
+if TYPE_CHECKING:
+    from ksl_patch.hf.handle import PatchHandle
+    from ksl_patch.hf.wiring import Wiring
+
+_KEPT = "_cached_continuous_batching_manager"  # where a model keeps a persistent manager
+
+
+class ContinuousBatching:
+    """Follows the managers that a model makes while a handle is attached to it."""
+
+    def __init__(self, handle: PatchHandle, model: Any, wiring: Wiring) -> None:
+        self._handle, self._model = handle, model
+        self._managers: weakref.WeakSet[Any] = weakref.WeakSet()
+        wiring.wrap("init_continuous_batching", self._init_continuous_batching)
+        wiring.wrap("generate_batch", self._generate_batch)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a manager generates, with patches or without."""
+        return any(manager.is_running() for manager in self._managers)
+
+    def close(self) -> None:
+        """Give up a persistent manager. Managers made here refuse requests from now on."""
+        if getattr(self._model, _KEPT, None) in self._managers:
+            self._model.destroy_cached_continuous_batching_manager()
+
+    def _generate_batch(self, generate: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """`generate_batch`, with the choice that is open or `patch=`: a name, None, or an entry for each."""
+        handle = self._handle
+        if "patch" in kwargs:
+            with handle.using(kwargs.pop("patch")):
+                return self._generate_batch(generate, inputs, *args, **kwargs)
+        choice = handle.chosen_here()
+        if choice is None:
+            return generate(inputs, *args, **kwargs)
+        if len(choice.slots) not in (1, len(inputs)):
+            raise RunError(
+                f"{len(choice.slots)} patches were chosen for {len(inputs)} prompts: give an entry for each."
+            )
+        turn = Turn()
+        with handle.chosen(replace(choice, turn=turn)):
+            results = generate(inputs, *args, **kwargs)
+        if turn.error is not None:  # which transformers logs, and goes on without the request
+            raise turn.error
+        return results
+
+    def _init_continuous_batching(self, init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        from transformers import ContinuousBatchingConfig
+
+        if self._handle.is_static:
+            raise RunError("a handle with max_batch does not serve continuous batching: attach without it.")
+        if getattr(self._model, "_device_mesh", None) is not None:
+            raise RunError("continuous batching with patches does not run under a tensor parallel plan.")
+        kept = getattr(self._model, _KEPT, None)
+        if kept is not None:
+            if kept not in self._managers:
+                raise RunError("this model keeps a continuous batching manager from before: destroy it first.")
+            return init(*args, **kwargs)
+        names = ("generation_config", "continuous_batching_config", "workload_hints")
+        kwargs |= dict(zip(names, args, strict=False))
+        config = copy.copy(kwargs.get("continuous_batching_config")) or ContinuousBatchingConfig()
+        config.allow_block_sharing = False
+        manager = init(**kwargs | {"continuous_batching_config": config})
+        _Requests(self._handle, manager)
+        self._managers.add(manager)
+        return manager
+
+
+class _Use:
+    """A request's hold on its slot, let go of when the request has ended, or when nobody has the request any more."""
+
+    def __init__(self, requests: _Requests, slot: int) -> None:
+        self.requests, self.slot = requests, slot
+        self._hold: ExitStack | None = ExitStack()
+        if slot:
+            handle = requests.handle
+            self._hold.enter_context(handle.bank.hold([slot], requests.stream))
+            handle.requested(1)
+            self._hold.callback(handle.requested, -1)
+
+    def __deepcopy__(self, memo: Any) -> _Use:
+        return _Use(self.requests, self.slot)
+
+    def close(self) -> None:
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.close()
+
+    def __del__(self) -> None:
+        if self._hold is not None:  # this runs anywhere, also where the bank is at work: somebody else closes it
+            self.requests.handle.abandon(self._hold)
+
+
+@functools.cache
+def _served_state() -> Any:
+    """transformers' state of a request, with the `use` of its slot; imported when it is needed."""
+    from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+
+    class ServedState(RequestState):  # type: ignore[misc]
+        use: _Use
+
+        @property
+        def status(self) -> Any:
+            return self._status
+
+        @status.setter
+        def status(self, value: Any) -> None:
+            RequestState.status.fset(self, value)
+            if value >= RequestStatus.FINISHED:
+                self.use.close()
+
+        @property
+        def has_ended(self) -> bool:
+            return bool(self._status >= RequestStatus.FINISHED)
+
+        def create_equivalent_initial_request(self) -> Any:
+            new = super().create_equivalent_initial_request()
+            return _serve(new, copy.deepcopy(self.use))
+
+    return ServedState
+
+
+def _serve(state: Any, use: _Use) -> Any:
+    state.__class__ = _served_state()
+    state.use = use
+    return state
+
+
+@dataclass(eq=False)
+class _Processor:
+    """What follows one batch processor: the slots of the batch, and its device buffer, int64 [1, max_batch_tokens].
+
+    Graphs read the buffer, the bank as it was in that generation, and so many rows of a slot's head.
+    """
+
+    buffer: torch.Tensor
+    generation: int
+    width: int = 0
+    slots: list[int] = field(default_factory=list)
+
+
+class _Requests:
+    """The requests of one manager. handle: the handle that the manager was made with."""
+
+    def __init__(self, handle: PatchHandle, manager: Any) -> None:
+        self.handle = handle
+        self._stream: Any = None
+        self._processors: weakref.WeakKeyDictionary[Any, _Processor] = weakref.WeakKeyDictionary()
+        # The state that `add_request` makes passes through this queue, still in the thread of the caller.
+        manager.input_queue.put = functools.partial(self._put, manager.input_queue.put)
+        manager._create_batch_processor = functools.partial(self._create, manager._create_batch_processor)
+
+    def stream(self) -> Any:
+        """The CUDA stream that computes, None before there is one and on a CPU."""
+        return self._stream
+
+    def _put(self, put: Callable[..., None], state: Any, *args: Any, **kwargs: Any) -> None:
+        choice = self.handle.chosen_here()
+        slot = 0
+        try:
+            if choice is not None:
+                entries, turn = choice.slots.tolist(), choice.turn
+                if len(entries) > 1 and turn.taken == len(entries):
+                    raise RunError(f"{len(entries)} patches were chosen for more requests: give an entry for each.")
+                slot = entries[turn.taken if len(entries) > 1 else 0]
+            _serve(state, _Use(self, slot))
+            try:
+                put(state, *args, **kwargs)
+            except BaseException:
+                state.use.close()
+                raise
+            if choice is not None:
+                choice.turn.taken += 1
+        except Exception as error:
+            if choice is not None:
+                choice.turn.error = error
+            raise
+
+    def _create(self, create: Callable[[], Any]) -> Any:
+        if not self.handle.is_attached:
+            raise RunError("the handle that this manager was made with is detached: make another manager.")
+        processor = create()
+        if processor in self._processors:
+            return processor
+        size, bank = processor.max_batch_tokens, self.handle.bank
+        with torch.inference_mode(False):
+            buffer = torch.zeros(1, size, dtype=torch.int64, device=bank.device)
+        followed = self._processors[processor] = _Processor(buffer, bank.generation)
+        batch, runner, scheduler = processor.inputs_and_outputs, processor.model_runner, processor.scheduler
+        self._stream = batch.compute_stream
+        batch.prepare_batch_tensors = functools.partial(self._prepare, batch.prepare_batch_tensors, followed)
+        runner.compute_batch = functools.partial(self._compute, runner.compute_batch, runner, followed)
+        scheduler.clear_cancelled_requests = functools.partial(_cancelled, scheduler.clear_cancelled_requests)
+        return processor
+
+    def _prepare(
+        self, prepare: Callable[..., None], followed: _Processor, requests_in_batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        self.handle.let_go()
+        slots, is_prompt_only = [], self.handle.bank.is_prompt_only
+        for request in requests_in_batch:
+            state, length = request.state, request.query_length
+            use = getattr(state, "use", None)  # warm-up has none
+            slot = 0 if use is None or state.has_ended else use.slot
+            if slot and is_prompt_only(slot):
+                prompt = state._true_initial_tokens or len(state.initial_tokens)
+                inside = min(max(prompt - state.position_offset, 0), length)
+                slots += [slot] * inside + [0] * (length - inside)
+            else:
+                slots += [slot] * length
+        prepare(requests_in_batch, *args, **kwargs)
+        followed.slots = slots
+
+    def _compute(
+        self, compute: Callable[..., None], runner: Any, followed: _Processor, model: Any, batch_data: Any
+    ) -> None:
+        from transformers.generation.continuous_batching.utils import stream_context
+
+        bank, stream = self.handle.bank, runner.inputs_and_outputs.compute_stream
+        graphs = runner.use_cuda_graph_varlen or runner.use_cuda_graph_decode
+        width = max(bank.output_width, followed.width) if graphs else bank.width_of(set(followed.slots))
+        if graphs and (bank.generation, width) != (followed.generation, followed.width):
+            _drop_graphs(runner.inputs_and_outputs)
+            followed.generation, followed.width = bank.generation, width
+        bank.wait_for_writes(stream)
+        length = batch_data["input_ids"].shape[1]
+        slots = torch.tensor(followed.slots + [0] * (length - len(followed.slots)), pin_memory=stream is not None)
+        with stream_context(stream):
+            followed.buffer[0, :length].copy_(slots, non_blocking=True)
+        kept = batch_data["logits_indices"] if runner.supports_logits_to_keep(model) else None
+        with self.handle.packed(followed.buffer[:, :length], kept, width):
+            compute(model, batch_data)
+
+
+def _cancelled(clear: Callable[[], Any]) -> Any:
+    """The requests that were cancelled get no terminal state: their slots are given up here."""
+    states = clear()
+    for state in states:
+        state.use.close()
+    return states
+
+
+def _drop_graphs(io: Any) -> None:
+    """Forget the graphs that read the bank's old tensors, once they have run; they are captured again when needed."""
+    pairs = getattr(io, "io_pairs", None)
+    if io.compute_stream is not None:
+        io.compute_stream.synchronize()
+    for each in [io] if pairs is None else [pair.device_io for pair in pairs]:
+        each.graphs = type(each.graphs)()

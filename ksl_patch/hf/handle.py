@@ -1,0 +1,626 @@
+"""The handle: patches on a transformers model, loaded, chosen, replaced and unloaded by name.
+
+A request that was given a patch is answered with it or raises. So whatever cannot be followed is refused: a choice
+outside its block, a forward past the patched embedding, a model that was changed after `attach`.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import gc
+import inspect
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ksl_patch.bank import PatchBank
+from ksl_patch.base import dtype_name, find_embedding, innermost, tokenizer_digest
+from ksl_patch.errors import RunError
+from ksl_patch.hf.choice import Block, Choice, Packed, Prompt, StaticChoice
+from ksl_patch.hf.continuous import ContinuousBatching
+from ksl_patch.hf.wiring import Wiring
+from ksl_patch.overlay import Overlay, slot_rows
+from ksl_patch.patch import Patch, PatchMeta, check_name
+from ksl_patch.store.hub import PREFIX
+from ksl_patch.store.local import load
+
+Names = str | Sequence[str | None] | None
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a name stands for."""
+
+    slot: int
+    digest: str
+    meta: PatchMeta
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """What a merge has overwritten: the rows of the table at token_ids, and the tied head's weight if it was untied."""
+
+    name: str
+    token_ids: torch.Tensor
+    rows: torch.Tensor
+    tied: Any
+    tie_word_embeddings: Any
+
+
+def attach(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    capacity: int = 0,
+    output_width: int = 0,
+    budget: int | None = None,
+    evict: bool = False,
+    max_batch: int | None = None,
+    strict: bool = False,
+) -> PatchHandle:
+    """Make a transformers model serve patches by name, another one for every row of a batch.
+
+    tokenizer: given, patches made with another vocabulary are refused too.
+    capacity, output_width, budget, evict: of the bank (`PatchBank`).
+    max_batch: for torch.compile and CUDA graphs. The choice is then kept in one device buffer of that many rows,
+        so that nothing is compiled or captured again, and one `using` block is open at a time. Without it every
+        thread has a choice of its own.
+    strict: whatever runs without a choice raises; the base is chosen with None. Without it that is the base's, but
+        still raises while some other thread or task has a block open, since its choice may have been meant.
+
+    The model's own weights are not touched; PEFT's LoRA adapters on it keep working. Copies of the model and files of
+    it are the base. Raises RunError when patches are attached already, BaseMismatchError when the model has no
+    embedding to patch; the model is then as it was.
+    """
+    bank = {"capacity": capacity, "output_width": output_width, "budget": budget, "evict": evict}
+    return PatchHandle(model, tokenizer, max_batch, strict, bank)
+
+
+class PatchHandle:
+    """The patches of one model: load, use, replace, unload, and in the end detach.
+
+    bank: the PatchBank behind it. current: the choice of this thread or task.
+
+    A choice belongs to the thread (and task) that made it. `bind` hands one over to another thread, or to a generator
+    whose steps others run. What a block began with stays the same to its end, whatever is replaced or unloaded
+    meanwhile.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, max_batch: int | None, strict: bool, bank: dict[str, Any]) -> None:
+        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if "ksl_patch" in vars(self._model):
+            raise RunError("patches are attached to this model already: use that handle, or detach it first.")
+        self._vocabulary = None if tokenizer is None else tokenizer_digest(tokenizer)
+        self._table = table = find_embedding(self._model)
+        self.bank = PatchBank(table.vocab_size, table.hidden_size, dtype=table.dtype, device=table.device, **bank)
+        self._overlay = Overlay(table, self.bank)
+        self._strict = strict
+        self._lock = threading.RLock()
+        self._loaded: dict[str, _Loaded] = {}
+        self._blocks = 0  # `using` blocks that are open
+        self._requests = 0  # of continuous batching that use a patch
+        self._running = 0  # calls of `generate`
+        # What the garbage collector found held by nobody: it may run anywhere, so others let go of it later.
+        self._abandoned: collections.deque[ExitStack] = collections.deque()
+        self._merged: _Merged | None = None
+        self.current: ContextVar[Choice | Packed | None] = ContextVar("ksl_patch_choice", default=None)
+        self._static = None if max_batch is None else StaticChoice(max_batch, table.device, strict)
+        self._weight = table.weight if table.plain else None
+        self._wiring = Wiring(self._model)
+        with self._wiring.undone_on_error() as wiring:
+            # Before and after first: they are to see what the model's own hooks have made of the arguments.
+            wiring.hook(self._model.register_forward_pre_hook, self._before_forward, with_kwargs=True)
+            wiring.hook(self._model.register_forward_hook, self._after_forward)
+            for lookup in table.lookups:
+                hook = functools.partial(self._on_embedding, lookup.scale)
+                wiring.hook(lookup.module.register_forward_hook, hook, with_kwargs=True)
+            if table.head is not None:
+                wiring.hook(table.head.register_forward_hook, self._on_head)
+            wiring.set("ksl_patch", self)
+            for name, method in (("generate", self._generate), ("_expand_inputs_for_generation", self._expand)):
+                wiring.wrap(name, method)
+            self._continuous = ContinuousBatching(self, self._model, wiring)
+            wiring.copy_without()
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the loaded patches."""
+        return list(self._loaded)
+
+    @property
+    def merged(self) -> str | None:
+        """The name of the patch that is written into the model's table."""
+        return None if self._merged is None else self._merged.name
+
+    def digest(self, name: str) -> str:
+        """The content that a name stands for now."""
+        return self._find(name).digest
+
+    def meta(self, name: str) -> PatchMeta:
+        """What a loaded patch says of itself, its template for one."""
+        return self._find(name).meta
+
+    def load(self, patch: Patch | str | os.PathLike[str], name: str | None = None) -> str:
+        """Load a patch, a patch file or hf://ORG/REPO/FILE under a name (its own by default); returns the name.
+
+        Raises PatchError for a bad file, BaseMismatchError for a patch of another base, BankError when the bank is
+        full, RunError for a name that is taken.
+        """
+        patch = self._read(patch)
+        self.let_go()
+        name = check_name(name or patch.meta.name)
+        with self._lock:
+            self._attached()
+            if name in self._loaded:
+                raise RunError(f"a patch named {name} is loaded already: replace it, or choose another name.")
+            self._loaded[name] = _Loaded(self.bank.add(slot_rows(patch)), patch.digest, patch.meta)
+        return name
+
+    def replace(self, name: str, patch: Patch | str | os.PathLike[str]) -> None:
+        """Put another patch behind a name. Blocks that are open keep the old one; new ones get the new one."""
+        patch = self._read(patch)
+        self.let_go()
+        with self._lock:
+            old = self._find(name)
+            self._loaded[name] = _Loaded(self.bank.replace(old.slot, slot_rows(patch)), patch.digest, patch.meta)
+
+    def unload(self, name: str) -> None:
+        """Forget a name. Its rows leave the bank when the last block that uses them ends."""
+        with self._lock:
+            self.bank.remove(self._find(name).slot)
+            del self._loaded[name]
+
+    @contextmanager
+    def using(self, names: Names) -> Iterator[None]:
+        """A `with` block in which the model answers with patches: one name for all rows, or an entry for each.
+
+        None is the base. A list has one entry for each prompt that `generate` or `generate_batch` gets, or for each
+        row of a forward call. The block is this thread's, or this task's: see `bind` for others. Raises RunError for
+        an unknown name, before anything is computed, and in whatever still runs when the block has ended.
+        """
+        with self._opened(lambda: self._slots(names)) as choice, self.chosen(choice):
+            yield
+
+    @contextmanager
+    def serving(self, slots: Sequence[int]) -> Iterator[None]:
+        """As `using`, by slots of the bank."""
+        with self._opened(lambda: list(slots)) as choice, self.chosen(choice):
+            yield
+
+    def bind(self, names: Names) -> Callable[[F], F]:
+        """Hand a choice over: `bind("es")(function)` runs with it in whatever thread, task or context it is called.
+
+        So `Thread(target=handle.bind("es")(model.generate), kwargs=...)` answers in Spanish, and so does every step of
+        a bound generator function. Each call is a block of its own. Also a decorator. Raises RunError for an unknown
+        name, at once and when the call begins, and for an asynchronous generator function.
+        """
+        with self._lock:
+            self._slots(names)
+
+        def decorate(function: Any) -> Any:
+            if inspect.isasyncgenfunction(function):
+                raise RunError("an asynchronous generator cannot be bound: open `using` around each of its steps.")
+            if inspect.iscoroutinefunction(function):
+
+                async def bound_task(*args: Any, **kwargs: Any) -> Any:
+                    with self.using(names):
+                        return await function(*args, **kwargs)
+
+                return functools.wraps(function)(bound_task)
+            if inspect.isgeneratorfunction(function):
+
+                def bound_steps(*args: Any, **kwargs: Any) -> Any:
+                    return self._steps(names, function(*args, **kwargs))
+
+                return functools.wraps(function)(bound_steps)
+
+            def bound(*args: Any, **kwargs: Any) -> Any:
+                with self.using(names):
+                    return function(*args, **kwargs)
+
+            return functools.wraps(function)(bound)
+
+        return decorate
+
+    @contextmanager
+    def marking(self, mask: torch.Tensor) -> Iterator[None]:
+        """A `with` block that says which positions of forward passes are the prompt's, for patches of scope "prompt".
+
+        mask: bool [B, T], for forward passes of that shape. `generate` needs none. Raises RunError outside `using`.
+        """
+        choice = self._choice()
+        if not isinstance(choice, Choice):
+            raise RunError("a prompt is marked inside a `using` block.")
+        with self.chosen(dataclasses.replace(choice, mask=mask.to(self._table.device))):
+            yield
+
+    def merge(self, name: str) -> None:
+        """Write a patch into the model's own table: no overlay, no cost, one patch for everybody.
+
+        A tied head that the patch leaves alone gets a table of its own while it lasts. `unmerge` and `detach` undo it
+        bit for bit. Raises RunError while anything is served, while another patch is merged, and for a patch of
+        scope "prompt".
+        """
+        with self._lock:
+            loaded = self._find(name)
+            self._nothing_runs(f"{name} cannot be merged")
+            if self._merged is not None:
+                raise RunError(f"{self._merged.name} is merged into the model: unmerge it first.")
+            if loaded.meta.scope == "prompt":
+                raise RunError(f"{name} acts on the prompt only, so it cannot be written into the table.")
+            self._check_model()
+            weight, head = self._table.weight, self._table.head
+            with self.bank.hold([loaded.slot]):
+                token_ids, rows, output_rows = self.bank.contents(loaded.slot)
+            if output_rows is not None and not self._table.tied:
+                raise RunError(f"{name} changes the head too, and this model's is not tied: serve it with `using`.")
+            tied, tie = None, getattr(self._model.config, "tie_word_embeddings", None)
+            if self._table.tied and output_rows is not rows:
+                assert head is not None
+                tied, head.weight = head.weight, nn.Parameter(weight.detach().clone(), requires_grad=False)
+                self._model.config.tie_word_embeddings = False  # what is saved meanwhile has two tables
+                if output_rows is not None:
+                    head.weight.data[token_ids] = output_rows
+            self._merged = _Merged(name, token_ids, weight.detach()[token_ids].clone(), tied, tie)
+            weight.data[token_ids] = rows
+
+    def unmerge(self) -> None:
+        """Give the table its own rows back. Raises RunError when nothing is merged, or while anything is served."""
+        with self._lock:
+            if self._merged is None:
+                raise RunError("no patch is merged.")
+            self._nothing_runs(f"{self._merged.name} cannot be taken out")
+            merged, self._merged = self._merged, None
+            self._table.weight.data[merged.token_ids] = merged.rows
+            if merged.tied is not None:
+                assert self._table.head is not None
+                self._table.head.weight = merged.tied
+                self._model.config.tie_word_embeddings = merged.tie_word_embeddings
+
+    def detach(self) -> None:
+        """Leave the model as it was, bit for bit. Raises RunError while anything is served; does nothing twice."""
+        with self._lock:
+            if "ksl_patch" not in vars(self._model):
+                return
+            if self._blocks or self._requests:
+                gc.collect()  # requests of a manager that nobody has any more
+                self.let_go()
+            self._nothing_runs("cannot detach")
+            if self._requests:
+                raise RunError(
+                    f"cannot detach while {self._requests} requests of continuous batching wait or run: stop their "
+                    "manager, or destroy it."
+                )
+            self._continuous.close()
+            if self._merged is not None:
+                self.unmerge()
+            self._wiring.undo()
+            for loaded in self._loaded.values():
+                self.bank.remove(loaded.slot)
+            self._loaded.clear()
+
+    # For continuous batching
+
+    def requested(self, by: int) -> None:
+        """Count the requests that the model must not be detached from."""
+        with self._lock:
+            self._requests += by
+
+    def abandon(self, hold: ExitStack) -> None:
+        """Let go of a hold, from a finaliser, which may run at any point of any thread."""
+        self._abandoned.append(hold)
+
+    def chosen_here(self) -> Choice | None:
+        """The choice that a request made here gets. Raises RunError as a forward pass here would."""
+        self.let_go()
+        self._attached()
+        choice = self._choice()
+        assert not isinstance(choice, Packed)
+        return choice
+
+    def packed(self, positions: torch.Tensor, kept: torch.Tensor | None, width: int) -> AbstractContextManager[None]:
+        """A `with` block for a packed batch: the slot of each position, int64 [1, T]; the head sees `kept` of them."""
+        return self.chosen(Packed(Block(), positions, width, kept))
+
+    @contextmanager
+    def chosen(self, choice: Choice | Packed | None) -> Iterator[None]:
+        """A `with` block of this choice. It may end in another context than it began in: there it ends nothing."""
+        token = self.current.set(choice)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ValueError):
+                self.current.reset(token)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the model still serves this handle's patches."""
+        return vars(self._model).get("ksl_patch") is self
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the choice is kept in one device buffer (`max_batch`)."""
+        return self._static is not None
+
+    # Choosing
+
+    def _slots(self, names: Names) -> list[int]:
+        wanted = [names] if names is None or isinstance(names, str) else list(names)
+        if not wanted:
+            raise RunError("no patch was chosen: give a name, None for the base, or an entry for each row.")
+        return [0 if name is None else self._find(name).slot for name in wanted]
+
+    @contextmanager
+    def _opened(self, resolve: Callable[[], list[int]]) -> Iterator[Choice]:
+        self.let_go()
+        with ExitStack() as stack:
+            with self._lock:
+                self._attached()
+                if self._merged is not None:
+                    raise RunError(f"{self._merged.name} is merged into the model: unmerge it before choosing patches.")
+                if self._static is not None and self._blocks:
+                    raise RunError("a handle with max_batch serves one batch at a time: another block is open.")
+                self._check_model()
+                slots = resolve()
+                stack.enter_context(self.bank.hold(slots))
+                self._blocks += 1
+                stack.callback(self._block_ended)
+            choice = self._choice_of(slots)
+            stack.callback(choice.block.close)
+            if self._static is not None:
+                stack.callback(self._static.clear)
+                self._static.fill(choice.slots)
+            yield choice
+
+    def _block_ended(self) -> None:
+        with self._lock:
+            self._blocks -= 1
+
+    def _choice_of(self, slots: list[int]) -> Choice:
+        device = self._table.device
+        after = None
+        if any(map(self.bank.is_prompt_only, slots)):
+            after = torch.tensor([0 if self.bank.is_prompt_only(slot) else slot for slot in slots], device=device)
+        return Choice(Block(), torch.tensor(slots, device=device), self.bank.width_of(slots), after)
+
+    def _choice(self) -> Choice | Packed | None:
+        """The choice that holds here, None for the base where nobody chose."""
+        choice = self.current.get()
+        if choice is not None:
+            choice.block.check()
+        elif self._strict:
+            raise RunError("no patch was chosen, and the handle is strict: choose one with `using`, or None.")
+        elif self._blocks:
+            raise RunError(
+                "no patch was chosen in this thread or task, while another one has a `using` block open: hand its "
+                "choice over with `handle.bind(name)(function)`, or choose the base with `using(None)`."
+            )
+        return choice
+
+    def _steps(self, names: Names, generator: Any) -> Any:
+        """A generator whose every step runs with a choice, whatever context runs it; between them nothing is chosen."""
+        with self._opened(lambda: self._slots(names)) as choice, contextlib.closing(generator):
+            while True:
+                with self.chosen(choice):
+                    try:
+                        item = next(generator)
+                    except StopIteration as end:
+                        return end.value
+                yield item
+
+    def _find(self, name: str) -> _Loaded:
+        loaded = self._loaded.get(name)
+        if loaded is None:
+            raise RunError(f"no patch named {name!r} is loaded; loaded are: {', '.join(self._loaded) or 'none'}.")
+        return loaded
+
+    def _attached(self) -> None:
+        if not self.is_attached:
+            raise RunError("the handle is detached from its model: attach again.")
+
+    def let_go(self) -> None:
+        """Close what was abandoned."""
+        while self._abandoned:
+            self._abandoned.popleft().close()
+
+    def _nothing_runs(self, what: str) -> None:
+        if self._blocks:
+            raise RunError(f"{what} while {self._blocks} batches are being served.")
+        if self._running or self._continuous.is_running:
+            raise RunError(f"{what} while the model generates: wait for it, or stop its managers.")
+
+    def _read(self, patch: Patch | str | os.PathLike[str]) -> Patch:
+        if isinstance(patch, str) and patch.startswith(PREFIX):
+            patch = load(patch)
+        patch = patch if isinstance(patch, Patch) else Patch.load(patch)
+        if self._merged is not None:
+            raise RunError(f"{self._merged.name} is merged into the model's table: unmerge it before loading others.")
+        self._check_model()
+        patch.check_table(self._table, self._vocabulary)
+        if patch.meta.side == "input+output":
+            self._table.check_head(patch.meta.base, patch.token_ids, patch.base_rows)
+        if patch.meta.scope == "prompt" and (self._static is not None or self._model.config.is_encoder_decoder):
+            where = "with max_batch" if self._static is not None else "on an encoder-decoder"
+            raise RunError(f"{patch.meta.name} has scope 'prompt', which is not served {where}.")
+        return patch
+
+    def _check_model(self) -> None:
+        """Raise unless the model still looks its tokens up where `attach` found it, in the same table."""
+        table = self._table
+        module = innermost(self._model.get_input_embeddings())
+        if module is not table.lookups[0].module or (table.plain and module.weight is not self._weight):
+            raise RunError("the model's input embedding was replaced after `attach`: detach, and attach again.")
+        if self._weight is not None and (self._weight.dtype, self._weight.device) != (table.dtype, table.device):
+            raise RunError(
+                f"the model was moved to {dtype_name(self._weight.dtype)} on {self._weight.device} after `attach`, "
+                f"which found {dtype_name(table.dtype)} on {table.device}: detach, and attach again."
+            )
+        if self._merged is None and table.head is not None:
+            head = innermost(self._model.get_output_embeddings())
+            if head is not table.head or (table.tied and head.weight is not module.weight):
+                raise RunError("the model's head was replaced after `attach`: detach, and attach again.")
+
+    # On the model
+
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`generate`, with the choice that is open or, in one call, `patch=`: a name, None, or an entry for each."""
+        if "patch" in kwargs:
+            with self.using(kwargs.pop("patch")):
+                return self._generate(generate, *args, **kwargs)
+        choice = self._choice()
+        with self._counted_running():
+            if choice is None:
+                return generate(*args, **kwargs)
+            assert isinstance(choice, Choice)
+            given = next(
+                (kwargs[k] for k in ("inputs", "input_ids") if kwargs.get(k) is not None), args[0] if args else None
+            )
+            if not isinstance(given, torch.Tensor) or kwargs.get("inputs_embeds") is not None:
+                raise RunError("patches act on token ids: call generate with input_ids, not with inputs_embeds.")
+            batch, columns = given.shape[0], given.shape[1]
+            if len(choice.slots) not in (1, batch):
+                raise RunError(f"{len(choice.slots)} patches were chosen for {batch} prompts: give one entry for each.")
+            with self.chosen(dataclasses.replace(choice, prompt=Prompt(columns))), ExitStack() as stack:
+                if self._static is not None:
+                    stack.callback(self._static.fill, choice.slots)
+                return generate(*args, **kwargs)
+
+    @contextmanager
+    def _counted_running(self) -> Iterator[None]:
+        with self._lock:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def _expand(self, expand: Callable[..., Any], expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+        """Where `generate` makes several rows of each prompt, the choice gets as many."""
+        choice = self.current.get()
+        if isinstance(choice, Choice) and choice.prompt is not None and expand_size > 1:
+            if self._static is not None:
+                self._static.fill(choice.slots, expand_size)
+            self.current.set(dataclasses.replace(choice, each=expand_size))
+        return expand(expand_size, *args, **kwargs)
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            if self._static is None:
+                _uncompiled(self._begin)(args, kwargs)
+            elif not self._static.is_idle and kwargs.get("inputs_embeds") is not None:
+                raise RunError("patches act on token ids: call the model with input_ids, not with inputs_embeds.")
+            return
+        self._begin(args, kwargs)
+
+    def _begin(self, args: Any, kwargs: dict[str, Any]) -> None:
+        choice = self._choice()
+        if choice is None:
+            return
+        if any(kwargs.get(name) is not None for name in ("inputs_embeds", "decoder_inputs_embeds")):
+            raise RunError("patches act on token ids: call the model with input_ids, not with inputs_embeds.")
+        if self._table.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if self._static is None and isinstance(choice, Choice):
+                raise RunError("a CUDA graph keeps the choice that it was captured with: attach with max_batch.")
+        else:
+            self._check_model()
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        length = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim == 2 else None
+        self.current.set(choice.begin(kwargs, length))
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            if self._static is None:
+                _uncompiled(self._end)()
+            return
+        self._end()
+
+    def _end(self) -> None:
+        choice = self.current.get()
+        if choice is None or choice.seen is None:
+            return
+        choice.block.check()
+        if self._static is not None:
+            return  # compiled code leaves no trace
+        if not choice.seen.embedding:
+            raise RunError(
+                "the forward pass did not look its tokens up in the patched embedding, so no patch could act: "
+                "something is in the embedding's place, or the model was given no token ids."
+            )
+        if choice.width and not choice.seen.head:
+            raise RunError("the forward pass did not go through the patched head, so its logits are not the patch's.")
+
+    def _on_embedding(
+        self, scale: Any, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor
+    ) -> Any:
+        token_ids = args[0] if args else kwargs["input"]
+        if self._static is None:
+            here = _uncompiled(self._embedding_slots) if torch.compiler.is_compiling() else self._embedding_slots
+            slots = here(token_ids)
+            if slots is None:
+                return None
+        else:
+            if not torch.compiler.is_compiling():
+                self._choice()
+                self._captured()
+            slots = self._static.rows(token_ids.shape[0])
+        return self._overlay.embed(slots, token_ids.to(self._table.device), output, scale)
+
+    def _embedding_slots(self, token_ids: torch.Tensor) -> torch.Tensor | None:
+        choice = self._choice()
+        if choice is None:
+            return None
+        if choice.seen is not None:
+            choice.seen.embedding = True
+        batch, length = token_ids.shape
+        return choice.embedding(batch, length)
+
+    def _on_head(self, module: nn.Module, args: Any, output: torch.Tensor) -> Any:
+        hidden = args[0]
+        if self._static is None:
+            here = _uncompiled(self._head_slots) if torch.compiler.is_compiling() else self._head_slots
+            slots, width = here(hidden)
+            if slots is None:
+                return None
+        else:
+            width = self.bank.output_width
+            if not width:
+                return None
+            slots = self._static.rows(hidden.shape[0])
+        return self._overlay.correct(slots, width, hidden, output)
+
+    def _head_slots(self, hidden: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+        choice = self._choice()
+        if choice is None or not choice.width:
+            return None, 0
+        if choice.seen is not None:
+            choice.seen.head = True
+        batch, length = hidden.shape[:2]
+        return choice.head(batch, length), choice.width
+
+    def _captured(self) -> None:
+        if self._table.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.bank.fix()
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Python that torch.compile is to run and not to trace: it looks at the thread's choice."""
+    uncompiled: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return uncompiled
