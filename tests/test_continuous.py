@@ -120,7 +120,7 @@ def test_a_persistent_manager_serves_again_and_goes_with_the_handle(model, serve
 
 
 def test_a_patch_in_one_call(model, served):
-    handle, plain = served
+    _, plain = served
     found = model.generate_batch([LONG, LONG], GENERATION, continuous_batching_config=batching(), patch=["b", None])
     assert tokens(found) == [alone(plain["b"], LONG), alone(plain[None], LONG)]
 
@@ -327,12 +327,49 @@ def test_what_goes_wrong_with_a_request_is_not_only_logged(model, served, monkey
     with handle.using(["a", "b"]), pytest.raises(RunError, match="2 patches were chosen for 5 prompts"):
         model.generate_batch([LONG] * 5, GENERATION, continuous_batching_config=batching())
     monkeypatch.setattr(handle.bank, "hold", lambda *_: (_ for _ in ()).throw(RunError("no room")))
-    choice = handle.current.set(None)
-    handle.current.reset(choice)
-    with pytest.raises(RunError, match="no room"):
-        with_hold = handle._choice_of([1])
-        with handle.chosen(with_hold):
-            model.generate_batch([LONG], GENERATION, continuous_batching_config=batching())
+    with handle.chosen(handle._choice_of([1])), pytest.raises(RunError, match="no room"):
+        model.generate_batch([LONG], GENERATION, continuous_batching_config=batching())
+
+
+@torch.no_grad()
+def test_other_forward_passes_are_refused_beside_a_manager_which_would_make_them_wrong(model, served):
+    handle, plain = served
+    prompt = torch.tensor([LONG])
+    manager = model.init_continuous_batching(generation_config=GENERATION, continuous_batching_config=batching())
+    manager.start()
+    with handle.using("a"):
+        manager.add_request(LONG, max_new_tokens=10)
+        for call in (lambda: model(prompt), lambda: model.generate(prompt, generation_config=GENERATION)):
+            with pytest.raises(RunError, match=r"inside `manager.pause\(\)`"):
+                call()
+        with manager.pause():
+            assert torch.equal(model(prompt).logits, plain["a"](prompt).logits)
+            assert alone(model, LONG) == alone(plain["a"], LONG)
+    with pytest.raises(RunError, match="runs on this model"):
+        model(prompt)
+    with pytest.raises(RunError, match="while the model generates"):
+        handle.merge("a")
+    with pytest.raises(RunError, match="while the model generates"):
+        handle.detach()
+    assert manager.get_result(timeout=10).generated_tokens == alone(plain["a"], LONG)
+    manager.stop()
+    assert torch.equal(model(prompt).logits, plain[None](prompt).logits)
+
+
+def test_a_manager_does_not_start_beside_a_generation(model, served):
+    manager = model.init_continuous_batching(generation_config=GENERATION, continuous_batching_config=batching())
+    refused = []
+
+    def start(*_):
+        if not refused:
+            with pytest.raises(RunError, match="the model generates in another thread") as error:
+                manager.start()
+            refused.append(error)
+        return False
+
+    model.generate(torch.tensor([LONG]), generation_config=GENERATION, stopping_criteria=[start])
+    assert refused
+    assert not manager.is_running()
 
 
 def test_results_reach_an_event_loop(model, served):

@@ -210,9 +210,10 @@ def _columns_before(prompt: Prompt, kwargs: dict[str, Any], length: int | None) 
             raise unclear
         prompt.length = length
         return 0
-    if not hasattr(cache, "get_seq_length"):
-        raise unclear
-    before = int(cache.get_seq_length())
+    try:
+        before = int(cache.get_seq_length())
+    except (AttributeError, ValueError) as error:  # a state of another kind
+        raise unclear from error
     if prompt.end is None:
         if prompt.length:
             raise unclear

@@ -42,6 +42,19 @@ class ContinuousBatching:
         """Whether a manager generates, with patches or without."""
         return any(manager.is_running() for manager in self._managers)
 
+    def check_alone(self) -> None:
+        """Raise RunError where a forward pass of this thread would run beside that of a manager.
+
+        transformers sets `config.is_causal` for the length of a packed forward pass (`merge_with_config_defaults`), so
+        that others compute without a causal mask meanwhile, and may leave it so.
+        """
+        for manager in self._managers:
+            if manager.is_running() and not manager.background_thread_status.is_pause_requested(local=True):
+                raise RunError(
+                    "a manager of continuous batching runs on this model, and transformers mixes up its forward passes "
+                    "with others: run this inside `manager.pause()`, or stop the manager first."
+                )
+
     def close(self) -> None:
         """Give up a persistent manager. Managers made here refuse requests from now on."""
         if getattr(self._model, _KEPT, None) in self._managers:
@@ -85,8 +98,14 @@ class ContinuousBatching:
         config.allow_block_sharing = False
         manager = init(**kwargs | {"continuous_batching_config": config})
         _Requests(self._handle, manager)
+        manager.start = functools.partial(self._start, manager.start)
         self._managers.add(manager)
         return manager
+
+    def _start(self, start: Callable[[], None]) -> None:
+        if self._handle.is_generating:
+            raise RunError("the model generates in another thread: start the manager when that is done.")
+        start()
 
 
 class _Use:

@@ -355,6 +355,11 @@ class PatchHandle:
         return vars(self._model).get("ksl_patch") is self
 
     @property
+    def is_generating(self) -> bool:
+        """Whether a call of `generate` is under way."""
+        return self._running > 0
+
+    @property
     def is_static(self) -> bool:
         """Whether the choice is kept in one device buffer (`max_batch`)."""
         return self._static is not None
@@ -465,11 +470,14 @@ class PatchHandle:
         """Raise unless the model still looks its tokens up where `attach` found it, in the same table."""
         table = self._table
         module = innermost(self._model.get_input_embeddings())
-        if module is not table.lookups[0].module or (table.plain and module.weight is not self._weight):
+        weight = self._weight
+        if module is not table.lookups[0].module or (
+            weight is not None and (module.weight is not weight or len(weight) != table.vocab_size)
+        ):
             raise RunError("the model's input embedding was replaced after `attach`: detach, and attach again.")
-        if self._weight is not None and (self._weight.dtype, self._weight.device) != (table.dtype, table.device):
+        if weight is not None and (weight.dtype, weight.device) != (table.dtype, table.device):
             raise RunError(
-                f"the model was moved to {dtype_name(self._weight.dtype)} on {self._weight.device} after `attach`, "
+                f"the model was moved to {dtype_name(weight.dtype)} on {weight.device} after `attach`, "
                 f"which found {dtype_name(table.dtype)} on {table.device}: detach, and attach again."
             )
         if self._merged is None and table.head is not None:
@@ -485,6 +493,7 @@ class PatchHandle:
             with self.using(kwargs.pop("patch")):
                 return self._generate(generate, *args, **kwargs)
         choice = self._choice()
+        self._continuous.check_alone()
         with self._counted_running():
             if choice is None:
                 return generate(*args, **kwargs)
@@ -532,6 +541,8 @@ class PatchHandle:
 
     def _begin(self, args: Any, kwargs: dict[str, Any]) -> None:
         choice = self._choice()
+        if not isinstance(choice, Packed):
+            self._continuous.check_alone()
         if choice is None:
             return
         if any(kwargs.get(name) is not None for name in ("inputs_embeds", "decoder_inputs_embeds")):
