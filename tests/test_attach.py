@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import transformers
 from conftest import tiny_llama
 from test_hf import overwritten, some_patch
 
-from ksl_patch import Patch, attach
+from ksl_patch import Patch, attach, find_embedding, identify
 from ksl_patch.errors import BankError, BaseMismatchError, KslPatchError, PatchError, RunError
 from ksl_patch.hf import load_base
 
@@ -501,6 +502,149 @@ def test_a_budget_with_eviction_serves_more_patches_than_fit(model):
                 assert torch.equal(model(PROMPTS).logits[0], plain[name](PROMPTS).logits[0])
     with attach(model, budget=1000) as handle, pytest.raises(BankError, match="budget of 1,000 bytes"):
         handle.load(patches["p0"])
+
+
+@torch.no_grad()
+def test_a_second_merge_is_refused_and_the_first_undone(model, handle, plain, tmp_path):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    handle.merge("a")
+    with pytest.raises(RunError, match="a is merged into the model: unmerge it first"):
+        handle.merge("b")
+    for read in (lambda: identify(model), lambda: Patch.from_model(model, [5], torch.zeros(1, 32), name="x")):
+        with pytest.raises(BaseMismatchError, match="a is merged into the model's table"):
+            read()
+    # What is saved or copied now has the patch for good, its untied head too.
+    model.save_pretrained(tmp_path)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for m in (model, saved, copy.deepcopy(model)):
+        assert torch.equal(m(PROMPTS).logits, plain["a"](PROMPTS).logits)
+    handle.unmerge()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "torch.save"])
+def test_copies_and_files_of_a_served_model_are_the_base(model, handle, plain, copied, tmp_path):
+    with handle.using("a"):
+        if copied == "torch.save":
+            torch.save(model, tmp_path / "m.pt")
+            twin = torch.load(tmp_path / "m.pt", weights_only=False)
+        else:
+            twin = copied(model)
+        model.save_pretrained(tmp_path / "m")
+        assert torch.equal(model(PROMPTS).logits, plain["a"](PROMPTS).logits)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    for other in (twin, saved):
+        assert torch.equal(other(PROMPTS).logits, plain[None](PROMPTS).logits)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in other.modules())
+        assert not {"ksl_patch", "generate", "__reduce_ex__"} & vars(other).keys()
+        with attach(other) as own:
+            own.load(some_patch(other, 2, IDS), "b")
+            with own.using("b"):
+                assert torch.equal(other(PROMPTS).logits, plain["b"](PROMPTS).logits)
+    assert type(copied) is str or not copied(model.model.embed_tokens)._forward_hooks
+
+
+@torch.no_grad()
+def test_an_attach_that_fails_leaves_the_model_as_it_was(model, monkeypatch):
+    own = lambda *args, **kwargs: "own"  # noqa: E731
+    model.generate = own
+    with attach(model):
+        assert model.generate is not own
+    assert model.generate is own
+    del model.generate
+    before = set(vars(model))
+    monkeypatch.setattr("ksl_patch.hf.handle.ContinuousBatching", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attach(model)
+    assert set(vars(model)) == before
+    assert not any("__reduce_ex__" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["classification", "encoder", "trunk"])
+def test_a_model_that_does_not_generate(kind):
+    torch.manual_seed(0)
+    if kind == "encoder":
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = transformers.BertModel(transformers.BertConfig(vocab_size=400, **sizes)).eval()
+    else:
+        language_model = tiny_llama()
+        model = language_model.model
+        if kind == "classification":
+            model = transformers.LlamaForSequenceClassification(language_model.config).eval()
+    patch = some_patch(model, 1, IDS)
+    plain = copy.deepcopy(model)
+    plain.get_input_embeddings().weight.data[patch.token_ids] = patch.rows
+    with attach(model) as handle:
+        handle.load(patch, "a")
+        with handle.using(["a", None]):
+            found = model(PROMPTS)[0]
+        assert torch.equal(found[0], plain(PROMPTS)[0][0])
+        assert torch.equal(found[1], model(PROMPTS)[0][1])
+        twin = tiny_llama()
+        twin.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight)
+        with pytest.raises(BaseMismatchError, match="no language-model head"):
+            handle.load(some_patch(twin, 1, IDS, side="input+output"), "b")
+
+
+@torch.no_grad()
+def test_rows_for_the_head_reach_a_head_that_is_a_copy_or_elsewhere(model):
+    """An untied copy of a tied base, and an offloaded one, whose modules share no tensor; another head is refused."""
+    from accelerate import cpu_offload
+
+    patch = some_patch(model, 1, IDS, side="input+output")
+    expected = overwritten(model, patch)(PROMPTS).logits
+    untied = tiny_llama(tied=False)
+    untied.load_state_dict(model.state_dict())
+    offloaded = cpu_offload(tiny_llama())
+    for m in (untied, offloaded):
+        with attach(m) as handle, handle.using(handle.load(patch, "a")):
+            assert torch.allclose(m(PROMPTS).logits, expected, atol=1e-5)
+    with attach(untied) as handle:
+        handle.load(patch, "a")
+        with pytest.raises(RunError, match="is not tied: serve it with `using`"):
+            handle.merge("a")
+    other = tiny_llama(tied=False)
+    other.model.load_state_dict(model.model.state_dict())
+    with attach(other) as handle, pytest.raises(BaseMismatchError, match="this model's head has other rows"):
+        handle.load(patch, "a")
+
+
+@torch.no_grad()
+def test_what_is_read_of_the_base_inside_a_block_is_the_base_s(model):
+    """Also of tables that are read through their module."""
+    from accelerate import cpu_offload
+
+    patch = some_patch(model, 1, list(range(2, 12)))
+    quantised = tiny_llama(tied=False)
+    quantised.set_input_embeddings(quantised_embedding("gguf", model.get_input_embeddings().weight.detach()))
+    for m in (model, cpu_offload(tiny_llama()), quantised):
+        with attach(m) as handle:
+            handle.load(patch, "a")
+            before = find_embedding(m).rows(patch.token_ids)
+            with handle.using("a"):
+                assert torch.equal(find_embedding(m).rows(patch.token_ids), before)
+                handle.load(patch, "again")
+                if m is model:
+                    assert identify(m) == patch.meta.base
+                    assert Patch.from_model(m, patch.token_ids, patch.rows, name="p1").digest == patch.digest
+
+
+def test_merging_waits_for_a_generation_without_a_patch_too(model, handle):
+    refused = []
+
+    def merge(*_):
+        with pytest.raises(RunError, match="while the model generates"):
+            handle.merge("a")
+        refused.append(True)
+        return False
+
+    model.generate(PROMPTS, stopping_criteria=[merge], **GREEDY)
+    assert refused
+    handle.merge("a")
 
 
 def test_mistakes_are_told_before_anything_is_computed(model, handle, patches, tokenizer, tmp_path):

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ksl_patch.bank import PatchBank, SlotRows
+from ksl_patch.bank import BankTensors, PatchBank, SlotRows
 from ksl_patch.base import EmbeddingTable
 from ksl_patch.errors import BankError
-from ksl_patch.overlay import Overlay
+from ksl_patch.overlay import Overlay, correct_logits, replace_rows
 
 V, D = 500, 8
 
@@ -152,6 +152,149 @@ def test_eviction_moves_the_least_recently_used_out_and_use_brings_it_back():
     with pytest.raises(BankError, match="has no room"), b.hold(contents):
         pass
     assert all(entry.holds == 0 for entry in b._slots.values())
+
+
+@pytest.mark.parametrize("evict", [False, True])
+def test_a_full_bank_that_was_emptied_takes_what_fits(evict):
+    """Many small patches in and out, then a large one: the room that they took is not lost."""
+    b = bank(budget=100_000, evict=evict)
+    small = [b.add(some_rows(seed, 1 + seed % 7)) for seed in range(195)]
+    kept = some_rows(1000, 9, output=True)
+    stays = b.add(kept)
+    for slot in small:
+        b.remove(slot)
+    with b.hold([stays]):
+        large = some_rows(2000, 400)
+        slot = b.add(large)
+        assert seen(b, slot) == expected(large)
+        assert seen(b, stays) == expected(kept)
+    line, _ = b.tensors.head_entries(torch.tensor(stays), 9)
+    assert torch.equal(b.tensors.rows[line & 0xFFFFFFFF], kept.rows)
+    b.remove(slot)
+    assert b.nbytes - b.tensors.table.nbytes <= 100_000
+    other = some_rows(3000, 300)
+    assert seen(b, b.add(other)) == expected(other)
+    assert len(b) == 2
+
+
+def test_nothing_is_evicted_for_what_cannot_fit():
+    b = bank(budget=8_000, evict=True)
+    slots = {b.add(some_rows(seed, 16)): some_rows(seed, 16) for seed in range(5)}
+    generation = b.generation
+    with pytest.raises(BankError, match="no room for 400 more rows"):
+        b.add(some_rows(99, 400))
+    for slot, rows in slots.items():
+        assert seen(b, slot) == expected(rows), "it is still on the device"
+    assert b.generation == generation
+
+
+def test_a_patch_is_replaced_in_a_budget_that_has_room_for_one():
+    rows = some_rows(1, 64)
+    b = bank(budget=64 * D * 4 + 3_000)
+    slot = b.add(rows)
+    with pytest.raises(BankError, match="no room"):
+        b.add(some_rows(2, 64))
+    new = b.replace(slot, some_rows(3, 64))
+    assert seen(b, new) == expected(some_rows(3, 64))
+    with b.hold([new]), pytest.raises(BankError, match="no room"):
+        b.replace(new, some_rows(4, 64))
+    with pytest.raises(BankError, match="no room for 200"):
+        b.replace(new, some_rows(5, 200))
+    assert seen(b, new) == expected(some_rows(3, 64)), "the old content stays where the new one does not fit"
+    assert len(b) == 1
+
+
+def test_a_capacity_above_the_budget_is_refused():
+    with pytest.raises(BankError, match="a capacity of 1,000 rows takes .* more than the budget of 1,000"):
+        bank(capacity=1000, budget=1000)
+
+
+def test_what_a_failing_device_call_took_comes_back(monkeypatch):
+    b = bank(capacity=100)
+    old = some_rows(1, 20)
+    slot = b.add(old)
+    free, state = list(b._free_rows), (b._buckets.end(8), b._taken)
+    monkeypatch.setattr(b, "_to_device", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    for change in (lambda: b.add(some_rows(2, 20)), lambda: b.replace(slot, some_rows(3, 20))):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            change()
+    monkeypatch.undo()
+    assert sorted(b._free_rows) == sorted(free)
+    assert (b._buckets.end(8), b._taken) == state
+    assert seen(b, slot) == expected(old)
+    assert seen(b, b.add(some_rows(2, 20))) == expected(some_rows(2, 20))
+
+
+def test_a_captured_bank_does_not_move():
+    b = bank(capacity=64, output_width=4)
+    first = b.add(some_rows(1, 20))
+    tensors = b.tensors
+    b.fix()
+    second = b.add(some_rows(2, 20, output=False))
+    with pytest.raises(BankError, match="its tensors cannot move since a CUDA graph has captured them"):
+        b.add(some_rows(3, 30))
+    with pytest.raises(
+        BankError, match="changes 5 rows of the head, and the CUDA graph that was captured has room for 4"
+    ):
+        b.add(some_rows(4, 5, output=True))
+    b.remove(first)
+    assert seen(b, b.add(some_rows(5, 20))) == expected(some_rows(5, 20))
+    assert seen(b, second) == expected(some_rows(2, 20))
+    assert b.tensors is tensors
+
+
+def test_a_reader_of_one_state_sees_it_whole_while_the_bank_is_compacted():
+    b, wrong, done = bank(budget=60_000, evict=True), [], threading.Event()
+    rows = some_rows(7, 40)
+    slot = b.add(rows)
+
+    def read():
+        with b.hold([slot]):
+            while not done.is_set():
+                if seen(b, slot) != expected(rows):
+                    wrong.append(slot)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    generation = b.generation
+    for turn in range(60):
+        b.remove(b.add(some_rows(turn, [3, 300, 30, 150][turn % 4])))
+    done.set()
+    reader.join()
+    assert not wrong
+    assert b.generation > generation
+
+
+def test_a_wide_head_is_not_paid_for_by_others():
+    b = bank()
+    narrow = b.add(some_rows(1, 2, output=True))
+    before = b.tensors.outputs.nbytes
+    wide = b.add(some_rows(2, 300, output=True))
+    for seed in range(40):
+        b.add(some_rows(seed, 2, output=True))
+    assert b.tensors.outputs.nbytes - before < 2 * 8 * (512 + 40 * 2)
+    assert (b.width_of([narrow, 0]), b.width_of([wide, narrow]), b.width_of([0])) == (2, 300, 0)
+
+
+def test_a_head_on_another_device_gets_its_rows_from_the_bank_s():
+    """The meta device stands for a second GPU, and nothing but a copy may touch both."""
+
+    class OneDevice(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            devices = {t.device for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)}
+            assert len(devices) < 2, func
+            return func(*args, **(kwargs or {}))
+
+    tensors = BankTensors.empty(10, D, 4, 9, 3, torch.float32, "cpu")
+    slots, there = torch.zeros(2, 1, dtype=torch.int64), torch.device("meta")
+    hidden, logits = torch.zeros(2, 3, D, device=there), torch.zeros(2, 3, V, device=there)
+    bias, embeddings = torch.zeros(V, device=there), torch.zeros(2, 3, D, device=there)
+    with OneDevice():
+        assert correct_logits(tensors, slots, 4, hidden, logits, bias).device == there
+        position = tensors.lookup(slots, torch.zeros(2, 3, dtype=torch.int64))
+        assert replace_rows(embeddings, position, tensors.rows, None).device == there
+        with pytest.raises(AssertionError):
+            hidden @ tensors.rows[:D].mT
 
 
 @pytest.mark.parametrize(
