@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import run_cli, tiny_llama
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from test_hf import overwritten, some_patch
@@ -50,6 +51,17 @@ def test_an_imported_adapter_gives_peft_s_own_logits(tmp_path, tied):
         found = logits(model)
     torch.testing.assert_close(found, logits(tuned), rtol=0, atol=0 if not tied else 1e-5)
     assert not torch.equal(found, logits(model))
+
+
+def test_trained_positions_are_not_taken_for_tokens(tmp_path):
+    """GPT-2 has a table of positions beside that of tokens."""
+    sizes = {"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    for target in ("wpe", "wte"):
+        adapter(model, TrainableTokensConfig(token_indices=[3, 17], target_modules=[target]), tmp_path / target)
+    with pytest.raises(PatchError, match="those of the input embedding wte are needed"):
+        peft.import_adapter(tmp_path / "wpe", model, name="x")
+    assert peft.import_adapter(tmp_path / "wte", model, name="x")[0].token_ids.tolist() == [3, 17]
 
 
 def test_what_a_lora_adapter_has_besides_is_said(tmp_path):

@@ -120,7 +120,7 @@ def test_peft_s_trained_tokens_are_read_as_rows(tmp_path, tied, kind):
         parameter.data.normal_()
     model.save_pretrained(tmp_path)
     assert peft.has_trainable_tokens(tmp_path)
-    found = peft.read_trainable_tokens(tmp_path, tied=tied)
+    found = peft.read_trainable_tokens(tmp_path, embedding="embed_tokens", tied=tied)
     assert found.token_ids.tolist() == [9, 5, 17]
     own = next(p for n, p in deltas.items() if "embed_tokens" in n)
     assert torch.equal(found.rows, own)

@@ -57,21 +57,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_trainable_tokens(folder: Path, *, tied: bool) -> SlotRows:
+def read_trainable_tokens(folder: Path, *, tied: bool, embedding: str | None = None) -> SlotRows:
     """The tokens that an adapter replaces and their rows, which PEFT stores as absolute values.
 
-    tied: whether the model's head shares the embedding's table; PEFT then changes the head's rows as well.
+    embedding: the name of the model's input embedding in its parent, such as "embed_tokens", where it is known:
+    others, as that of positions, hold no tokens. tied: whether the model's head shares the embedding's table; PEFT then changes the head's rows as well.
     Raises PatchError when the adapter holds something else, or tunes different tokens in the embedding and the head.
     """
     config, tensors = read_config(folder), _read_deltas(folder)
-    rows = {_HEAD if _HEAD in key.split(".") else "embedding": tensor for key, tensor in tensors.items()}
-    if "embedding" not in rows or len(rows) < len(tensors):
-        raise PatchError(f"{folder} has trained tokens in {sorted(tensors)}, where the input embedding's are needed.")
+    if embedding is None:
+        embedding = next((name for key in tensors if (name := _module(key)) != _HEAD), "")
+    rows = {name: tensor for key, tensor in tensors.items() if (name := _module(key)) in (embedding, _HEAD)}
+    if embedding not in rows or len(rows) < len(tensors):
+        raise PatchError(
+            f"{folder} has trained tokens in {sorted(tensors)}, where those of the input embedding {embedding} are "
+            "needed, and of the head at most."
+        )
     alone = config.get("peft_type") == "TRAINABLE_TOKENS"
     indices = config.get("token_indices" if alone else "trainable_token_indices")
     by_module = indices if isinstance(indices, dict) else {}
-    head_indices = next((by_module[name] for name in by_module if name.split(".")[-1] == _HEAD), None)
-    own_indices = next((by_module[name] for name in by_module if name.split(".")[-1] != _HEAD), indices)
+    of = {name.split(".")[-1]: found for name, found in by_module.items()}
+    head_indices, own_indices = of.get(_HEAD), of.get(embedding, indices)
     if head_indices is not None and head_indices != own_indices:
         raise PatchError(f"{folder} tunes different tokens in the embedding and the head, which a patch cannot hold.")
     ids = own_indices if isinstance(own_indices, list) else []
@@ -82,10 +88,16 @@ def read_trainable_tokens(folder: Path, *, tied: bool) -> SlotRows:
             raise PatchError(f"{folder} has rows of shape {list(tensor.shape)} for {len(ids)} token ids.")
         if not tensor.isfinite().all():
             raise PatchError(f"{folder} has a NaN or an infinity in its rows.")
-    own, head = rows["embedding"], rows.get(_HEAD)
+    own, head = rows[embedding], rows.get(_HEAD)
     if tied and (head is None or torch.equal(own, head)):
         return SlotRows(torch.tensor(ids), own, output=True)
     return SlotRows(torch.tensor(ids), own, output=head is not None, output_rows=head)
+
+
+def _module(key: str) -> str:
+    """The name of the module in its parent that a tensor belongs to."""
+    path = key.removesuffix(_DELTA).split(".")
+    return path[-2] if path[-1] == "token_adapter" else path[-1]
 
 
 def import_adapter(
@@ -103,7 +115,8 @@ def import_adapter(
     Raises PatchError, BaseMismatchError.
     """
     table = find_embedding(model)
-    rows = read_trainable_tokens(folder, tied=table.tied)
+    embedding = module_names(model).embedding.rpartition(".")[2]
+    rows = read_trainable_tokens(folder, embedding=embedding, tied=table.tied)
     if rows.output and not table.tied:
         raise PatchError(f"{folder} changes the head of a base whose head is not tied, which a patch cannot.")
     more = read_config(folder).get("peft_type") != "TRAINABLE_TOKENS"

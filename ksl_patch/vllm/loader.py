@@ -57,7 +57,8 @@ def load_adapter(manager: Any, stock: Callable[[Any, LoRARequest], LoRAModel], r
                 with tempfile.TemporaryDirectory() as folder:
                     peft.split_lora(path, Path(folder))
                     loras = stock(manager, msgspec.structs.replace(request, lora_path=folder)).loras
-            return _adapter(manager, request, loras, name, layer, peft.read_trainable_tokens(path, tied=tied))
+            rows = peft.read_trainable_tokens(path, embedding=name.rpartition(".")[2], tied=tied)
+            return _adapter(manager, request, loras, name, layer, rows)
         lora = stock(manager, request)
         for name, layer in layers.items():
             if name in lora.loras:
