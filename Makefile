@@ -1,5 +1,7 @@
 # make test   install, lint, type-check, run every test    make fast   only the tests without the real model
 # make browser   the tests of reports in Chromium (apt-get install chromium)
+# make stress   threads, tasks, streams and continuous batching on one model for a minute, every answer checked
+# make gpu   what only a GPU can show of the transformers runtime, on a machine that has one
 # make study   every figure of docs/experiments.md, about an hour on two cores
 # make vllm   the tests with vLLM, in an environment of its own (3.5 GB)
 # make demo   two patches for a real model, about ten minutes on two cores, and what they do
@@ -14,7 +16,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: test lint fast browser real vllm demo model study bench clean
+.PHONY: test lint fast browser real vllm stress gpu demo model study bench clean
 
 test: lint fast browser real vllm
 
@@ -34,6 +36,12 @@ real: .venv/dev model
 
 vllm: .venv-vllm/dev model
 	KSL_PATCH_DEMO=$(abspath $(DEMO)) .venv-vllm/bin/python -m pytest -m vllm
+
+stress: .venv/dev
+	$(BIN)/python tests/stress.py --seconds 60
+
+gpu:
+	PYTHONPATH=. $(PYTHON) tests/gpu.py
 
 demo: model
 	$(BIN)/python examples/demo/demo.py $(DEMO)

@@ -61,7 +61,8 @@ def read_trainable_tokens(folder: Path, *, tied: bool, embedding: str | None = N
     """The tokens that an adapter replaces and their rows, which PEFT stores as absolute values.
 
     embedding: the name of the model's input embedding in its parent, such as "embed_tokens", where it is known:
-    others, as that of positions, hold no tokens. tied: whether the model's head shares the embedding's table; PEFT then changes the head's rows as well.
+    others, as that of positions, hold no tokens. tied: whether the model's head shares the embedding's table; PEFT
+    then changes the head's rows as well.
     Raises PatchError when the adapter holds something else, or tunes different tokens in the embedding and the head.
     """
     config, tensors = read_config(folder), _read_deltas(folder)
