@@ -81,9 +81,13 @@ def own_graph():
             for row, name in enumerate(choice):
                 m = model if name is None else overwritten(tiny_llama(hidden_size=64), patches[name]).cuda()
                 torch.testing.assert_close(logits[row], m(ids).logits[row], atol=1e-3, rtol=1e-3)
-        with pytest.raises(BankError, match="cannot move"):
+
+        def fill():
             for n in range(20):
                 handle.load(patches["p3"], f"more{n}")
+
+        with pytest.raises(BankError, match="cannot move"):
+            fill()
 
 
 def streams(seconds=10):
