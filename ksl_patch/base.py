@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -17,6 +18,16 @@ from ksl_patch.errors import BaseMismatchError
 _FINGERPRINT_ROWS = 256
 # Rounding float32 to bfloat16 changes a value by at most 2^-9 of itself; float16 is closer.
 _ROUNDING = 2.0**-8
+
+
+# Models that read the table itself, by their type and configuration: what they then compute has the base's rows.
+_READ_PAST: dict[str, Callable[[Any], str | None]] = {
+    "diffusion_gemma": lambda _: "multiplies with the table to condition on its own output",
+    **dict.fromkeys(
+        ("deberta", "deberta-v2"),
+        lambda config: None if getattr(config, "legacy", True) else "takes the table as its head",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,16 +153,25 @@ def find_embedding(model: Any) -> EmbeddingTable:
     Raises BaseMismatchError when the model's embedding is not a lookup in a table, or does more than look a row
     up and scale it: replaced rows would not have the effect that they had in training; and while a patch is merged.
     """
-    own = model.get_base_model() if hasattr(model, "get_base_model") else model
-    merged = getattr(vars(own).get("ksl_patch"), "merged", None)
+    name = type(model).__name__
+    try:
+        module = innermost(model.get_input_embeddings())
+    except (NotImplementedError, AttributeError) as error:
+        raise BaseMismatchError(f"{name} does not say where its input embedding is, so it has no patches.") from error
+    if not isinstance(module, nn.Module):
+        raise BaseMismatchError(f"{name} has no input embedding, so it has no patches.")
+    merged = getattr(vars(module).get("ksl_patch"), "merged", None)
     if merged is not None:
         raise BaseMismatchError(f"the patch {merged} is merged into the model's table: unmerge it first.")
-    name = type(model).__name__
-    module = innermost(model.get_input_embeddings())
+    reason = _READ_PAST.get(getattr(model.config, "model_type", ""), lambda _: None)(model.config)
+    if reason:
+        raise BaseMismatchError(f"{name} {reason}, past its lookups, so its rows cannot be patched.")
     weight: Any = getattr(module, "weight", None)
     head, no_head = None, EmbeddingTable.no_head
     try:
         head = innermost(model.get_output_embeddings())
+    except (NotImplementedError, AttributeError):
+        pass
     except BaseMismatchError as error:
         no_head = str(error).rstrip(".")
     tied = head is not None and weight is not None and getattr(head, "weight", None) is weight
@@ -198,10 +218,9 @@ def _scale(module: nn.Module, device: torch.device, dtype: torch.dtype) -> torch
 def _check_lookup(lookup: Lookup, weight: torch.Tensor, name: str) -> None:
     probe = torch.arange(min(8, weight.shape[0]), device=weight.device)[None]
     with torch.no_grad():
-        # Not row 0: it may be a padding row of zeros, which hides a scale.
-        found, expected = lookup.module.forward(probe)[0, -1], weight[probe[0, -1]]
+        found, expected = lookup.module.forward(probe), weight[probe]
     expected = expected if lookup.scale is None else expected * lookup.scale
-    if found.shape != expected.shape or not torch.equal(found, expected):
+    if not isinstance(found, torch.Tensor) or found.shape != expected.shape or not torch.equal(found, expected):
         raise BaseMismatchError(
             f"{name}'s input embedding ({type(lookup.module).__name__}) does more than look a row up and scale it, "
             "so its rows cannot be patched."

@@ -204,8 +204,7 @@ class Stress:
         self.together(jobs, lambda: asyncio.run(self.tasks()))
         self.together([self.change], self.continuous)
         gc.collect()
-        self.handle.let_go()
-        left = sum(slot.holds for slot in self.handle.bank._slots.values()) + self.handle._requests
+        left = sum(slot.holds for slot in self.handle.bank._slots.values()) + len(self.handle.requests)
         self.handle.detach()
         left += len(self.handle.bank) + len(self.handle.bank.tensors.rows) - len(self.handle.bank._free_rows)
         return {**self.counts, "wrong": len(self.failures), "left": left, "first failures": self.failures[:5]}

@@ -36,17 +36,38 @@ def expected(rows):
     return {int(i): tuple(row) for i, row in zip(rows.token_ids, rows.rows.tolist(), strict=True)}
 
 
+def check_books(b):
+    """Every row is a slot's or free, and the room that is taken is that of the slots."""
+    on_device = [slot for slot in b._slots.values() if slot.bank_rows is not None]
+    rows = [int(row) for slot in on_device for row in slot.bank_rows] + b._free_rows
+    assert sorted(rows) == list(range(len(b.tensors.rows)))
+    for which, tensor in (("buckets", b.tensors.entries), ("outputs", b.tensors.outputs)):
+        runs = getattr(b, f"_{which}")
+        taken = [(getattr(slot, which), getattr(slot.room, which)) for slot in on_device if getattr(slot.room, which)]
+        free = [(start, length) for length, starts in runs._free.items() for start in starts]
+        lines = [line for start, length in taken + free for line in range(start, start + length)]
+        assert sorted(lines) == list(range(1, runs.used))
+        assert runs.used <= len(tensor)
+        assert getattr(b._taken, which) == 1 + sum(length for _, length in taken)
+    idle = {number for number, slot in b._slots.items() if slot.bank_rows is not None and not slot.holds}
+    assert idle == set(b._idle)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(st.tuples(st.sampled_from(["add", "remove", "replace"]), st.integers(1, 60)), max_size=40),
-    capacity=st.sampled_from([0, 1, 300]),
+    options=st.sampled_from([{}, {"capacity": 1}, {"capacity": 300}, {"budget": 12_000}]),
+    output=st.booleans(),
 )
-def test_a_slot_holds_what_was_put_there_whatever_came_and_went(steps, capacity):
-    b, contents = bank(capacity=capacity), {}
+def test_a_slot_holds_what_was_put_there_whatever_came_and_went(steps, options, output):
+    b, contents = bank(**options), {}
     for seed, (step, k) in enumerate(steps):
+        check_books(b)
+        if sum(len(rows.token_ids) for rows in contents.values()) + k > 150 and "budget" in options:
+            step = "remove"
         slot = list(contents)[seed % len(contents)] if contents else None
         if step == "add" or slot is None:
-            rows = some_rows(seed, k)
+            rows = some_rows(seed, k, output=output)
             contents[b.add(rows)] = rows
         elif step == "remove":
             b.remove(slot)
@@ -157,7 +178,7 @@ def test_eviction_moves_the_least_recently_used_out_and_use_brings_it_back():
 @pytest.mark.parametrize("evict", [False, True])
 def test_a_full_bank_that_was_emptied_takes_what_fits(evict):
     """Many small patches in and out, then a large one: the room that they took is not lost."""
-    b = bank(budget=100_000, evict=evict)
+    b = bank(budget=60_000, evict=evict)
     small = [b.add(some_rows(seed, 1 + seed % 7)) for seed in range(195)]
     kept = some_rows(1000, 9, output=True)
     stays = b.add(kept)
@@ -171,10 +192,11 @@ def test_a_full_bank_that_was_emptied_takes_what_fits(evict):
     line, _ = b.tensors.head_entries(torch.tensor(stays), 9)
     assert torch.equal(b.tensors.rows[line & 0xFFFFFFFF], kept.rows)
     b.remove(slot)
-    assert b.nbytes - b.tensors.table.nbytes <= 100_000
+    assert b.nbytes - b.tensors.table.nbytes <= 60_000
     other = some_rows(3000, 300)
     assert seen(b, b.add(other)) == expected(other)
     assert len(b) == 2
+    check_books(b)
 
 
 def test_nothing_is_evicted_for_what_cannot_fit():

@@ -149,7 +149,7 @@ def test_a_generator_whose_steps_run_in_copied_contexts(model, handle, plain):
         assert next(steps(model, PROMPTS, 1)) == expected[None][0], "between its steps nothing is chosen"
     assert next(first) == expected["a"][1]
     first.close()
-    assert handle._blocks == 0
+    assert not handle._blocks
 
 
 @torch.no_grad()

@@ -44,7 +44,6 @@ def served(request, model):
         for name, patch in patches.items():
             handle.load(patch, name)
         yield handle, plain
-        handle.let_go()
         assert all(slot.holds == 0 for slot in handle.bank._slots.values())
     assert not {"generate_batch", "ksl_patch"} & vars(model).keys()
 
@@ -128,7 +127,7 @@ def test_a_patch_in_one_call(model, served):
 def test_padded_batches(model, served):
     """Under graphs and compilation batches are padded, also to the very number of positions that the head sees."""
     handle, plain = served
-    prompts, choices = [[5], [9], [17], [40]], ["a", "b", None, "a"]
+    prompts, choices = [[5, 40, 9, 300], [9] * 4, [17, 5, 9, 2], [40] * 4], ["a", "b", None, "a"]
     generation = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=1)
     config = batching(max_batch_tokens=16, max_requests_per_batch=16, q_padding_interval_size=16)
     with padded(), handle.using(choices):
@@ -198,23 +197,27 @@ def graphs(monkeypatch):
     EmulatedGraph.replays = 0
 
 
+@pytest.mark.parametrize("capacity", [0, 200])
 @pytest.mark.parametrize("warmup", [True, False])
 @pytest.mark.parametrize("side", ["input", "input+output"])
-def test_graphs_captured_before_a_load_never_read_the_old_bank(model, graphs, side, warmup):
+def test_graphs_captured_before_a_load_never_read_the_old_bank(model, graphs, side, warmup, capacity):
+    """Neither where the bank grows, nor where a wider patch takes the place of another and nothing moves."""
     patches = {name: some_patch(model, seed, IDS[: 10 * seed], side=side) for seed, name in enumerate("abcd", start=2)}
     plain = references(model, patches)
     config = batching(q_padding_interval_size=64, kv_padding_interval_size=1024)
     with (
-        attach(model) as handle,
+        attach(model, capacity=capacity) as handle,
         model.continuous_batching_context_manager(
             generation_config=GENERATION, continuous_batching_config=config, warmup=warmup
         ) as manager,
     ):
         for name in [None, *patches]:
             if name is not None:
+                for old in handle.names if capacity else ():
+                    handle.unload(old)
                 handle.load(patches[name], name)
             ids = {}
-            for choice in [name, None] if name in (None, "a") else [name, "a", None]:
+            for choice in (name, None, *handle.names):
                 with handle.using(choice):
                     ids[manager.add_request(LONG, max_new_tokens=10)] = choice
             found = {}
@@ -267,7 +270,8 @@ def test_no_request_keeps_a_model_from_being_detached_once_nobody_can_get_its_an
                         manager.start()
                         assert "zero" in manager.get_result(timeout=10).error
                 elif failing == "twice the same name":
-                    for _ in range(2):
+                    manager.add_request(LONG, request_id="one", max_new_tokens=3)
+                    with pytest.raises(RunError, match="a request named one waits or runs already"):
                         manager.add_request(LONG, request_id="one", max_new_tokens=3)
                     manager.start()
                 elif failing == "cancelled":
@@ -327,7 +331,7 @@ def test_what_goes_wrong_with_a_request_is_not_only_logged(model, served, monkey
     with handle.using(["a", "b"]), pytest.raises(RunError, match="2 patches were chosen for 5 prompts"):
         model.generate_batch([LONG] * 5, GENERATION, continuous_batching_config=batching())
     monkeypatch.setattr(handle.bank, "hold", lambda *_: (_ for _ in ()).throw(RunError("no room")))
-    with handle.chosen(handle._choice_of([1])), pytest.raises(RunError, match="no room"):
+    with handle.chosen(handle._choice_of([1], True)), pytest.raises(RunError, match="no room"):
         model.generate_batch([LONG], GENERATION, continuous_batching_config=batching())
 
 
@@ -347,11 +351,12 @@ def test_other_forward_passes_are_refused_beside_a_manager_which_would_make_them
             assert alone(model, LONG) == alone(plain["a"], LONG)
     with pytest.raises(RunError, match="runs on this model"):
         model(prompt)
+    for change in (lambda: handle.merge("a"), handle.detach):
+        with pytest.raises(RunError, match="while 1 requests of continuous batching wait or run"):
+            change()
+    assert manager.get_result(timeout=10).generated_tokens == alone(plain["a"], LONG)
     with pytest.raises(RunError, match="while the model generates"):
         handle.merge("a")
-    with pytest.raises(RunError, match="while the model generates"):
-        handle.detach()
-    assert manager.get_result(timeout=10).generated_tokens == alone(plain["a"], LONG)
     manager.stop()
     assert torch.equal(model(prompt).logits, plain[None](prompt).logits)
 
@@ -362,7 +367,7 @@ def test_a_manager_does_not_start_beside_a_generation(model, served):
 
     def start(*_):
         if not refused:
-            with pytest.raises(RunError, match="the model generates in another thread") as error:
+            with pytest.raises(RunError, match="the model generates already") as error:
                 manager.start()
             refused.append(error)
         return False
@@ -400,9 +405,9 @@ def test_ten_thousand_requests_wait_at_no_cost_to_those_that_run(patch_of):
         with handle.using("a"):
             for _ in range(10_000):
                 manager.add_request([5, 9], max_new_tokens=1)
-        assert handle._requests == 10_000
+        assert len(handle.requests) == 10_000
         manager.start()
         for _ in range(50):
             assert manager.get_result(timeout=10).error is None
         manager.stop(hard_stop=True)
-        assert handle._requests == 0
+        assert not handle.requests

@@ -69,7 +69,7 @@ def test_only_the_rows_change(model, examples, tmp_path, side):
     assert rows.dtype == torch.float32
     assert (rows[2] != table[300]).any()
     # Through the overlay every other row is the base's, bit for bit.
-    with attach(model) as handle, handle.serving([handle.bank.add(SlotRows(IDS, rows))]):
+    with attach(model) as handle, handle.serving(handle.bank.add(SlotRows(IDS, rows))):
         through = model.get_input_embeddings()(torch.arange(400)[None])[0]
     others = torch.ones(400, dtype=torch.bool)
     others[IDS] = False

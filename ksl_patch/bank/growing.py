@@ -7,8 +7,9 @@ from beginning to end, without a lock on the way.
 
 from __future__ import annotations
 
+import collections
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ class _Slot:
     separate: bool
     prompt_only: bool
     hashed: tuple[int, int, np.ndarray]
+    room: _Room
     bank_rows: np.ndarray | None = None
     buckets: int = 0
     outputs: int = 0
@@ -53,13 +55,6 @@ class _Slot:
     holds: int = 0
     retired: bool = False
     events: list[torch.cuda.Event] = field(default_factory=list)
-
-    @property
-    def room(self) -> _Room:
-        """Runs have a power of two as length, so that a freed one suits others."""
-        k = len(self.token_ids)
-        outputs = 1 << (k - 1).bit_length() if self.output else 0
-        return _Room(k * (2 if self.separate else 1), self.hashed[0], outputs)
 
     def line(self, buckets: int, outputs: int) -> np.ndarray:
         """The slot's line of the table, for runs that begin there."""
@@ -74,7 +69,7 @@ class _Runs:
         self.used = 1  # the first line is nobody's
         self._free: dict[int, list[int]] = {}
 
-    def end(self, length: int, freed: Sequence[int] = ()) -> int:
+    def end(self, length: int, freed: Collection[int] = ()) -> int:
         """How many lines the tensor must have for a run of this length, once runs of the lengths `freed` are given."""
         return self.used if not length or self._free.get(length) or length in freed else self.used + length
 
@@ -92,6 +87,18 @@ class _Runs:
         """Give a run back."""
         if length:
             self._free.setdefault(length, []).append(start)
+
+
+class _Gone:
+    """What is free once some slots have gone."""
+
+    def __init__(self) -> None:
+        self.room, self.buckets, self.outputs = _Room(0, 0, 0), set[int](), set[int]()
+
+    def add(self, room: _Room) -> None:
+        self.room = self.room.plus(room)
+        self.buckets.add(room.buckets)
+        self.outputs.add(room.outputs)
 
 
 class PatchBank:
@@ -128,6 +135,8 @@ class PatchBank:
         self.budget, self.evict = budget, evict
         self.generation = 0
         self._lock = threading.RLock()
+        self._depth = 0
+        self._released: collections.deque[tuple[list[int], Any]] = collections.deque()  # holds that have ended
         self._slots: dict[int, _Slot] = {}
         self._idle: dict[int, None] = {}  # on the device and held by nobody, the least recently used first
         self._free_slots: list[int] = []
@@ -155,7 +164,7 @@ class PatchBank:
 
     def __len__(self) -> int:
         """Patches in the bank, evicted ones included."""
-        with self._lock:
+        with self._exclusive():
             return sum(not slot.retired for slot in self._slots.values())
 
     @property
@@ -165,34 +174,32 @@ class PatchBank:
 
     @property
     def output_width(self) -> int:
-        """The most rows of the head that one slot changes, or may change where that was reserved."""
+        """The most rows of the head that one slot changes that is there or held, or that were reserved."""
         if self._fixed_width is not None:
             return self._fixed_width
         return max(self._reserved_width, *self._widths, 0)
 
     def width_of(self, slots: Iterable[int]) -> int:
         """The most rows of the head that one of these slots changes."""
-        with self._lock:
+        with self._exclusive():
             entries = [self._entry(slot) for slot in slots if slot]
         return max((len(entry.token_ids) for entry in entries if entry.output), default=0)
 
     def fix(self) -> None:
         """Keep the tensors where they are from now on, since a CUDA graph has captured them."""
-        with self._lock:
+        with self._exclusive():
             self._fixed_width = self.output_width
 
     def add(self, patch: SlotRows) -> int:
         """Put a patch into a free slot. Raises BankError when it does not fit the table or the budget."""
         slot, rows = self._prepare(patch)
-        with self._lock:
+        with self._exclusive():
             return self._add(slot, rows)
 
     def remove(self, slot: int) -> None:
         """Give a slot up, now or when its last user has let go. Raises BankError for an empty slot."""
-        with self._lock:
+        with self._exclusive():
             entry = self._entry(slot)
-            if not entry.retired and entry.output:
-                self._count_width(entry, -1)
             entry.retired = True
             if not entry.holds:
                 self._clear(slot)
@@ -204,14 +211,14 @@ class PatchBank:
         old content, where the new one does not fit.
         """
         new, rows = self._prepare(patch)
-        with self._lock:
+        with self._exclusive():
             old = self._entry(slot)
             if old.holds or old.host is not None or self._fits(new.room):
                 number = self._add(new, rows)
                 self.remove(slot)
                 return number
             # The two do not fit beside each other: the new one gets the room of the old one.
-            self._to_go(new.room, [old])
+            self._to_go(new.room, slot)
             kept = self._to_host(slot, old)
             try:
                 number = self._add(new, rows)
@@ -233,38 +240,31 @@ class PatchBank:
         held = sorted({slot for slot in slots if slot})
         taken: list[int] = []
         try:
-            with self._lock:
+            with self._exclusive():
                 for number in held:
                     entry = self._entry(number)
                     entry.holds += 1
                     taken.append(number)
                     self._idle.pop(number, None)
-                for number in held:
+                away = [number for number in held if self._slots[number].host is not None]
+                if len(away) > 1:
+                    self._check_together(away)
+                for number in away:
                     entry = self._slots[number]
-                    if entry.host is not None:
-                        self._place(number, entry, entry.host)
-                        entry.host = None
+                    assert entry.host is not None
+                    self._place(number, entry, entry.host)
+                    entry.host = None
             self.wait_for_writes(stream())
             yield
         finally:
-            with self._lock:
-                for number in taken:
-                    entry = self._slots[number]
-                    entry.holds -= 1
-                    self._note_reader(entry, stream())
-                    if entry.holds:
-                        continue
-                    if entry.retired:
-                        self._clear(number)
-                    elif entry.host is None:
-                        self._idle[number] = None
+            self._release_hold(taken, stream)
 
     def wait_for_writes(self, stream: Any = None) -> None:
         """On CUDA, let a stream (the current one by default) wait for all that was written; it reads from then on."""
         if self._stream is None:
             return
         reader = stream or torch.cuda.current_stream(self.device)
-        with self._lock:
+        with self._exclusive():
             self._readers.add(reader)
             if self._ready is not None:
                 reader.wait_event(self._ready)
@@ -275,7 +275,7 @@ class PatchBank:
 
     def contents(self, slot: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """A held slot's token ids int64 [k], rows [k, d], and the head's rows: None, the same tensor, or others."""
-        with self._lock:
+        with self._exclusive():
             entry = self._entry(slot)
             if entry.bank_rows is None:
                 raise BankError(f"slot {slot} was evicted: hold it to bring it back.")
@@ -286,7 +286,58 @@ class PatchBank:
             head_rows = rows
         return self._to_device(entry.token_ids), rows, head_rows if entry.output else None
 
-    # Everything below runs on the host, under the lock. A writer fills rows, then entries, then the table, so that
+    # The end of a hold may come from a finaliser, at any point of any thread, also in the middle of what is below. So
+    # it is only noted, and done between two changes, without waiting for anybody.
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """A `with` block in which this thread alone changes the bank."""
+        with self._lock:
+            self._depth += 1
+            try:
+                if self._depth == 1:
+                    self._settle()
+                yield
+            finally:
+                try:
+                    if self._depth == 1:
+                        self._settle()
+                finally:
+                    self._depth -= 1
+
+    def _release_hold(self, taken: list[int], stream: Callable[[], Any]) -> None:
+        if not taken:
+            return
+        event = None
+        if self._stream is not None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream() or torch.cuda.current_stream(self.device))
+        self._released.append((taken, event))
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._depth == 0:
+                    with self._exclusive():
+                        pass
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        """Do what the holds that have ended leave to do."""
+        while self._released:
+            taken, event = self._released.popleft()
+            for number in taken:
+                entry = self._slots[number]
+                entry.holds -= 1
+                if event is not None:
+                    entry.events = [event, *(e for e in entry.events if not e.query())]  # type: ignore[no-untyped-call]
+                if entry.holds:
+                    continue
+                if entry.retired:
+                    self._clear(number)
+                elif entry.host is None:
+                    self._idle[number] = None
+
+    # Everything below runs on the host, in `_exclusive`. A writer fills rows, then entries, then the table, so that
     # what a reader finds is always there.
 
     def _entry(self, number: int) -> _Slot:
@@ -300,21 +351,24 @@ class PatchBank:
         ids, rows = patch.token_ids.cpu().numpy(), patch.rows.detach()
         if patch.output_rows is not None:
             rows = torch.cat([rows, patch.output_rows.detach().to(rows)])
-        slot = _Slot(ids, patch.output, patch.output_rows is not None, patch.prompt_only, hash_ids(ids))
-        return slot, rows
+        hashed = hash_ids(ids)
+        # Runs have a power of two as length, so that a freed one suits others.
+        outputs = 1 << (len(ids) - 1).bit_length() if patch.output else 0
+        room = _Room(len(rows), hashed[0], outputs)
+        return _Slot(ids, patch.output, patch.output_rows is not None, patch.prompt_only, hashed, room), rows
 
     def _add(self, slot: _Slot, rows: torch.Tensor) -> int:
-        number = self._free_slots[-1] if self._free_slots else self._used_slots
         if slot.output and self._fixed_width is not None and len(slot.token_ids) > self._fixed_width:
             raise BankError(
                 f"the patch changes {len(slot.token_ids)} rows of the head, and the CUDA graph that was captured "
                 f"has room for {self._fixed_width}: reserve them with output_width before it is captured."
             )
+        number = self._free_slots[-1] if self._free_slots else self._used_slots
         self._place(number, slot, rows)
-        if self._free_slots:
-            self._free_slots.pop()
-        else:
+        if number == self._used_slots:
             self._used_slots += 1
+        else:
+            self._free_slots.pop()
         self._slots[number], self._idle[number] = slot, None
         if slot.output:
             self._count_width(slot, 1)
@@ -371,37 +425,40 @@ class PatchBank:
     def _affords(self, sizes: _Room) -> bool:
         return self.budget is None or self._counted(sizes) <= self.budget
 
-    def _wanted(self, room: _Room, gone: Sequence[_Room] = ()) -> _Room:
+    def _wanted(self, room: _Room, gone: _Gone | None = None) -> _Room:
         """The sizes that the tensors must have for a slot of this room, where all stays in its place but what goes."""
-        missing = max(0, room.rows - len(self._free_rows) - sum(each.rows for each in gone))
+        gone = gone or _Gone()
+        missing = max(0, room.rows - len(self._free_rows) - gone.room.rows)
         return _Room(
             len(self.tensors.rows) + missing,
-            self._buckets.end(room.buckets, [each.buckets for each in gone]),
-            self._outputs.end(room.outputs, [each.outputs for each in gone]),
+            self._buckets.end(room.buckets, gone.buckets),
+            self._outputs.end(room.outputs, gone.outputs),
         )
 
-    def _fits(self, room: _Room, gone: Sequence[_Room] = ()) -> bool:
+    def _fits(self, room: _Room, gone: _Gone | None = None) -> bool:
         """Whether a slot of this room fits once others have gone: as the tensors are, grown, or compacted."""
         wanted = self._wanted(room, gone)
         if self._fixed_width is not None:
             return wanted.within(self._sizes)
         if self._affords(_larger(wanted, self._sizes)):
             return True
-        compact = self._taken.plus(room)
-        for each in gone:
-            compact = compact.plus(each, -1)
-        return self._affords(compact)
+        return self._affords(self._taken.plus(room).plus(gone.room if gone else _Room(0, 0, 0), -1))
 
-    def _to_go(self, room: _Room, gone: Sequence[_Slot] = ()) -> list[int]:
-        """The least recently used slots that must go before a slot of this room fits. Raises BankError, if none can."""
-        rooms, going = [slot.room for slot in gone], []
+    def _to_go(self, room: _Room, replaced: int | None = None) -> list[int]:
+        """The least recently used slots that must go before a slot of this room fits. Raises BankError, if none can.
+
+        replaced: a slot that goes first.
+        """
+        gone, going = _Gone(), []
+        if replaced is not None:
+            gone.add(self._slots[replaced].room)
         for number in self._idle if self.evict else ():
-            if self._fits(room, rooms):
+            if self._fits(room, gone):
                 break
-            if self._slots[number] not in gone:
-                rooms.append(self._slots[number].room)
+            if number != replaced:
+                gone.add(self._slots[number].room)
                 going.append(number)
-        if self._fits(room, rooms):
+        if self._fits(room, gone):
             return going
         if self._fixed_width is not None:
             raise BankError(
@@ -412,6 +469,21 @@ class PatchBank:
             f"the bank's budget of {self.budget:,} bytes has no room for {room.rows} more rows beside "
             f"{len(self)} patches ({self.nbytes:,} bytes): remove some, raise the budget, or let it evict."
         )
+
+    def _check_together(self, numbers: list[int]) -> None:
+        """Raise BankError unless several slots fit the budget at once, when all that is idle has gone."""
+        if self.budget is None or self._fixed_width is not None:
+            return
+        need = self._taken
+        for number in self._idle if self.evict else ():
+            need = need.plus(self._slots[number].room, -1)
+        for number in numbers:
+            need = need.plus(self._slots[number].room)
+        if not self._affords(need):
+            raise BankError(
+                f"the bank's budget of {self.budget:,} bytes has no room for the {len(numbers)} patches that are "
+                "wanted at once: choose fewer in a batch, or raise the budget."
+            )
 
     def _make_room(self, room: _Room, number: int) -> None:
         """Make room for a slot, and a line for it in the table. Raises BankError, with nothing changed."""
@@ -434,7 +506,15 @@ class PatchBank:
             if self._affords(each):
                 self._publish(self._grown(each, slots))
                 return
-        self._compact(self._taken.plus(room), slots)
+        # Compacting costs a copy of everything, so it is to last: an eighth of the budget is freed if patches may go.
+        assert self.budget is not None
+        while self.evict and self._idle and self._counted(self._taken.plus(room)) > self.budget - self.budget // 8:
+            oldest = next(iter(self._idle))
+            self._to_host(oldest, self._slots[oldest])
+        least = self._taken.plus(room)
+        spare = self.budget / self._counted(least)
+        filled = _Room(*(int(lines * spare) for lines in least))
+        self._compact(filled if self._affords(filled) else least, slots)
 
     def _grown(self, sizes: _Room, slots: int) -> BankTensors:
         old = self.tensors
@@ -503,6 +583,8 @@ class PatchBank:
     def _clear(self, number: int) -> None:
         slot = self._slots.pop(number)
         self._wait_for_readers(slot)
+        if slot.output:
+            self._count_width(slot, -1)
         if slot.bank_rows is not None:
             self._release(number, slot)
         self._free_slots.append(number)
@@ -534,12 +616,6 @@ class PatchBank:
                 yield
                 self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._ready.record(self._stream)
-
-    def _note_reader(self, slot: _Slot, stream: Any) -> None:
-        if self._stream is not None:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(stream or torch.cuda.current_stream(self.device))
-            slot.events = [event, *(e for e in slot.events if not e.query())]  # type: ignore[no-untyped-call]
 
     def _wait_for_readers(self, slot: _Slot) -> None:
         for event in slot.events:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -13,29 +14,58 @@ from ksl_patch.errors import RunError
 
 @dataclass(eq=False)
 class Block:
-    """The `using` block that a choice was made in. What was started in it may go on after it, and is then refused."""
+    """The `using` block that a choice was made in. What was started in it may go on after it, and is then refused.
+
+    opener: the frame of a generator that opened it, which may be left in the middle of it.
+    """
 
     is_open: bool = True
+    opener: FrameType | None = None
 
     def close(self) -> None:
         """End the block."""
-        self.is_open = False
+        self.is_open, self.opener = False, None
 
     def check(self) -> None:
-        """Raise RunError once the block has ended."""
+        """Raise RunError once the block has ended, and while its generator is suspended in it."""
         if not self.is_open:
             raise RunError(
                 "the block that chose the patch has ended, and what was started in it still runs: keep the block open "
                 "until that is done, or hand the choice over with `handle.bind`."
             )
+        if self.opener is not None and self.opener.f_back is None:
+            raise RunError(
+                "the `using` block that is open here was opened by a generator, which is suspended in it: bind the "
+                "generator with `handle.bind` instead, so that its choice holds in its own steps alone."
+            )
 
 
 @dataclass(eq=False)
 class Seen:
-    """What one forward pass has used of the patched modules."""
+    """One forward pass: the token ids that it was given, and what it has used of the patched modules.
 
+    before: columns that earlier forwards of the same `generate` have read.
+    """
+
+    token_ids: torch.Tensor | None = None
+    before: int = 0
+    needs_embedding: bool = True
     embedding: bool = False
     head: bool = False
+
+    def check_order(self, token_ids: torch.Tensor) -> None:
+        """Raise RunError unless a lookup sees the forward's own token ids, in their order."""
+        given = self.token_ids
+        if given is None or given is token_ids:
+            return
+        batch, length = given.shape
+        same = token_ids.shape == given.shape
+        # A square batch may have been transposed.
+        if not same or (batch == length > 1 and not torch.equal(token_ids, given.to(token_ids))):
+            raise RunError(
+                f"this model looks up token ids {list(token_ids.shape)} where it was given {[batch, length]}, so it is "
+                "not known which row or column is whose: choose one patch of scope 'all' for the whole batch."
+            )
 
 
 @dataclass(eq=False)
@@ -62,57 +92,72 @@ class Turn:
 class Choice:
     """Which slot each row of a batch uses.
 
-    slots: int64 [N], one entry for each row, or [1] for all of them. width: the most rows of the head that one of
-    them changes. after: the slots behind the prompt, where some patch has scope "prompt". each: rows that `generate`
-    has made of every prompt. mask: bool [B, T], the prompt's positions of a forward that is not `generate`'s.
-    before: columns that earlier forwards of a `generate` have read.
+    slots: int64 [N], one entry for each row. is_single: the one entry is for all of them. width: the most rows of the
+    head that one of them changes. after: the slots behind the prompt, where some patch has scope "prompt". each: rows
+    that `generate` has made of every prompt. mask: bool [B, T], the prompt's positions of a forward that is not
+    `generate`'s. seen: the forward pass that is under way.
     """
 
     block: Block
     slots: torch.Tensor
     width: int
+    is_single: bool = False
     after: torch.Tensor | None = None
     each: int = 1
     prompt: Prompt | None = None
     mask: torch.Tensor | None = None
-    before: int = 0
     seen: Seen | None = None
     turn: Turn = field(default_factory=Turn)
 
-    def begin(self, kwargs: dict[str, Any], length: int | None) -> Choice:
-        """The choice of one forward pass with these arguments, over so many columns."""
+    def begin(self, kwargs: dict[str, Any], token_ids: torch.Tensor | None) -> Choice:
+        """The choice of one forward pass with these arguments and token ids int64 [B, T]."""
         before = 0
         if self.after is not None and self.prompt is not None:
-            before = _columns_before(self.prompt, kwargs, length)
-        return dataclasses.replace(self, before=before, seen=Seen())
+            before = _columns_before(self.prompt, kwargs, None if token_ids is None else token_ids.shape[1])
+        needed = kwargs.get("encoder_outputs") is None  # else the decoder may have a table of its own
+        return dataclasses.replace(self, seen=Seen(token_ids, before, needed))
 
     def rows(self, slots: torch.Tensor, batch: int) -> torch.Tensor:
         """The slot of each batch row, [B, 1] or [1, 1]."""
-        if len(slots) > 1:
+        if not self.is_single:
             if len(slots) * self.each != batch:
                 raise RunError(f"{len(slots)} patches were chosen for a batch of {batch}: give one entry for each row.")
             slots = slots.repeat_interleave(self.each)  # beams and return sequences of one prompt stay together
         return slots[:, None]
 
-    def embedding(self, batch: int, length: int) -> torch.Tensor:
-        """The slot of each position that the embedding sees, broadcastable to [B, T]."""
+    def embedding(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The slot of each position that the embedding sees, broadcastable to token_ids."""
+        if self.is_single and self.after is None:
+            return self.slots.view([1] * token_ids.ndim)
+        if token_ids.ndim != 2:
+            raise RunError(f"token ids {list(token_ids.shape)} are looked up, and patches are chosen for [B, T].")
+        batch, length = token_ids.shape
+        seen = self.seen
+        if seen is not None:
+            seen.check_order(token_ids)
         slots = self.rows(self.slots, batch)
         if self.after is None:
             return slots
         after = self.rows(self.after, batch)
         if self.prompt is not None:
-            column = self.before + torch.arange(length, device=slots.device)
+            if seen is None or seen.embedding:  # a lookup of which no forward pass has said where it is
+                raise _unclear()
+            column = seen.before + torch.arange(length, device=slots.device)
             return torch.where(column < self.prompt.columns, slots, after)
-        if self.mask is not None and self.mask.shape == (batch, length):
+        if self.mask is not None and self.mask.shape == token_ids.shape:
             return torch.where(self.mask, slots, after)
         raise RunError(
             "a patch of scope 'prompt' acts in `generate` and `generate_batch`, which know where the prompt ends: this "
             "forward pass does not. Say which positions are the prompt's with `handle.marking(mask)`."
         )
 
-    def head(self, batch: int, length: int) -> torch.Tensor:
-        """The slot of each position that the head sees."""
-        return self.rows(self.slots, batch)
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The slot of each position that the head sees, hidden [B, ..., d]; broadcastable to [B, ...] made flat."""
+        if self.is_single:
+            return self.slots[:, None]
+        if hidden.ndim < 3:
+            raise RunError("this head sees positions without their rows: choose one patch for the whole batch.")
+        return self.rows(self.slots, hidden.shape[0])
 
 
 @dataclass(frozen=True)
@@ -128,22 +173,22 @@ class Packed:
     kept: torch.Tensor | None = None
     seen: Seen | None = None
 
-    def begin(self, kwargs: dict[str, Any], length: int | None) -> Packed:
+    def begin(self, kwargs: dict[str, Any], token_ids: torch.Tensor | None) -> Packed:
         """The choice of one forward pass."""
         return dataclasses.replace(self, seen=Seen())
 
-    def embedding(self, batch: int, length: int) -> torch.Tensor:
+    def embedding(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The slot of each position that the embedding sees, [1, T]."""
-        return self._checked(self.positions, batch, length)
+        return self._checked(self.positions, token_ids.shape)
 
-    def head(self, batch: int, length: int) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """The slot of each position that the head sees."""
         slots = self.positions if self.kept is None else self.positions[:, self.kept]
-        return self._checked(slots, batch, length)
+        return self._checked(slots, hidden.shape[:-1])
 
-    def _checked(self, slots: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-        if slots.shape != (batch, length):
-            raise RunError(f"a packed batch of {slots.shape[1]} positions came as {[batch, length]}.")
+    def _checked(self, slots: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        if slots.shape != shape:
+            raise RunError(f"a packed batch of {slots.shape[1]} positions came as {list(shape)}.")
         return slots
 
 
@@ -154,43 +199,45 @@ class StaticChoice:
     every right call, so that nothing is compiled again.
     """
 
-    def __init__(self, max_batch: int, device: torch.device, strict: bool) -> None:
+    def __init__(self, max_batch: int, device: torch.device) -> None:
         self.slots = torch.zeros(max_batch, dtype=torch.int64, device=device)
         self.entries = 0
-        self.is_idle = not strict
-        self._strict = strict
-        self.fits = [self.is_idle] * (max_batch + 1)
+        self.fits = [True] * (max_batch + 1)
 
-    def fill(self, slots: torch.Tensor, each: int = 1) -> None:
-        """Choose slots int64 [N], for `each` rows of the batch each, or one for every row."""
+    def fill(self, choice: Choice, each: int = 1) -> None:
+        """Choose its slots, for `each` rows of the batch each, or its one for every row."""
         size = len(self.slots)
-        if len(slots) * each > size and len(slots) > 1:
-            raise RunError(f"{len(slots) * each} rows are more than the max_batch={size} of `attach`.")
-        self.entries, self.is_idle = len(slots), False
-        if len(slots) == 1:
-            self.slots.copy_(slots.expand(size))
+        if choice.is_single:
+            self.slots.copy_(choice.slots.expand(size))
             self.fits[:] = [True] * (size + 1)
-        else:
-            rows = slots.repeat_interleave(each)
-            self.slots.zero_()
-            self.slots[: len(rows)] = rows
-            self.fits[:] = [batch == len(rows) for batch in range(size + 1)]
+            return
+        rows = choice.slots.repeat_interleave(each)
+        if len(rows) > size:
+            raise RunError(f"{len(rows)} rows are more than the max_batch={size} of `attach`.")
+        self.slots.zero_()
+        self.slots[: len(rows)] = rows
+        self.entries = len(choice.slots)
+        self.fits[:] = [batch == len(rows) for batch in range(size + 1)]
 
     def clear(self) -> None:
-        """Choose the base, or nothing where a choice must be made."""
+        """Choose the base."""
         self.slots.zero_()
-        self.entries, self.is_idle = 0, not self._strict
-        self.fits[:] = [self.is_idle] * len(self.fits)
+        self.fits[:] = [True] * len(self.fits)
 
     def rows(self, batch: int) -> torch.Tensor:
         """The slot of each batch row, [B, 1]."""
         if batch > len(self.slots):
             raise RunError(f"a batch of {batch} rows is more than the max_batch={len(self.slots)} of `attach`.")
         if not self.fits[batch]:
-            if not self.entries:
-                raise RunError("no patch was chosen, and the handle is strict: choose one with `using`, or None.")
             raise RunError(f"{self.entries} patches were chosen for a batch of {batch}: give one entry for each row.")
         return self.slots[:batch, None]
+
+
+def _unclear() -> RunError:
+    return RunError(
+        "a patch of scope 'prompt' needs to know where the prompt ends, and the state of this model or this way of "
+        "generating does not say how much it has read."
+    )
 
 
 def _columns_before(prompt: Prompt, kwargs: dict[str, Any], length: int | None) -> int:
@@ -199,10 +246,7 @@ def _columns_before(prompt: Prompt, kwargs: dict[str, Any], length: int | None) 
     Raises RunError where neither is so, since it cannot be told what is the prompt.
     """
     cache = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
-    unclear = RunError(
-        "a patch of scope 'prompt' needs to know where the prompt ends, and the state of this model or this way of "
-        "generating does not say how much it has read."
-    )
+    unclear = _unclear()
     if length is None or any(kwargs.get(name) is not None for name in ("cache_params", "state", "mems")):
         raise unclear
     if cache is None:
@@ -215,7 +259,8 @@ def _columns_before(prompt: Prompt, kwargs: dict[str, Any], length: int | None) 
     except (AttributeError, ValueError) as error:  # a state of another kind
         raise unclear from error
     if prompt.end is None:
-        if prompt.length:
+        # What the cache has at first is the beginning of the prompt, and not something before it.
+        if prompt.length or (before and before + length > prompt.columns):
             raise unclear
     elif before < prompt.columns and before != prompt.end:
         raise unclear

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ksl_patch.errors import RunError
-from ksl_patch.hf.choice import Turn
+from ksl_patch.hf.choice import Choice, Turn
 
 if TYPE_CHECKING:
     from ksl_patch.hf.handle import PatchHandle
@@ -69,7 +71,7 @@ class ContinuousBatching:
         choice = handle.chosen_here()
         if choice is None:
             return generate(inputs, *args, **kwargs)
-        if len(choice.slots) not in (1, len(inputs)):
+        if not choice.is_single and len(choice.slots) != len(inputs):
             raise RunError(
                 f"{len(choice.slots)} patches were chosen for {len(inputs)} prompts: give an entry for each."
             )
@@ -94,43 +96,55 @@ class ContinuousBatching:
             return init(*args, **kwargs)
         names = ("generation_config", "continuous_batching_config", "workload_hints")
         kwargs |= dict(zip(names, args, strict=False))
-        config = copy.copy(kwargs.get("continuous_batching_config")) or ContinuousBatchingConfig()
+        given = kwargs.get("continuous_batching_config") or getattr(
+            kwargs.get("generation_config"), "continuous_batching_config", None
+        )
+        config = copy.copy(given) or ContinuousBatchingConfig()
         config.allow_block_sharing = False
         manager = init(**kwargs | {"continuous_batching_config": config})
-        _Requests(self._handle, manager)
-        manager.start = functools.partial(self._start, manager.start)
+        _Requests(self._handle, self._managers, manager)
         self._managers.add(manager)
         return manager
 
-    def _start(self, start: Callable[[], None]) -> None:
-        if self._handle.is_generating:
-            raise RunError("the model generates in another thread: start the manager when that is done.")
-        start()
+
+@dataclass(eq=False)
+class _Family:
+    """The names that a request and what it is forked into have in results, taken until the last of them has ended."""
+
+    names: set[str]
+    members: int = 0
 
 
 class _Use:
-    """A request's hold on its slot, let go of when the request has ended, or when nobody has the request any more."""
+    """A request's hold on its slot, let go of when the request has ended, or when nobody has the request any more.
 
-    def __init__(self, requests: _Requests, slot: int) -> None:
-        self.requests, self.slot = requests, slot
-        self._hold: ExitStack | None = ExitStack()
-        if slot:
-            handle = requests.handle
-            self._hold.enter_context(handle.bank.hold([slot], requests.stream))
-            handle.requested(1)
-            self._hold.callback(handle.requested, -1)
+    Nothing here waits for a lock, since a finaliser may run it at any point.
+    """
+
+    def __init__(self, requests: _Requests, slot: int, family: _Family, *, counts: bool) -> None:
+        self.requests, self.slot, self.family, self._counts = requests, slot, family, counts
+        self._is_open = False
+        self._hold = ExitStack()
+        self._hold.enter_context(requests.handle.bank.hold([slot], requests.stream))
+        self._is_open = True
+        family.members += 1
+        if counts:
+            requests.handle.requests.add(id(self))
 
     def __deepcopy__(self, memo: Any) -> _Use:
-        return _Use(self.requests, self.slot)
+        return _Use(self.requests, self.slot, self.family, counts=self._counts)
 
     def close(self) -> None:
-        hold, self._hold = self._hold, None
-        if hold is not None:
-            hold.close()
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._hold.close()
+        self.requests.handle.requests.discard(id(self))
+        self.family.members -= 1
+        if not self.family.members:
+            self.requests.names.difference_update(self.family.names)
 
-    def __del__(self) -> None:
-        if self._hold is not None:  # this runs anywhere, also where the bank is at work: somebody else closes it
-            self.requests.handle.abandon(self._hold)
+    __del__ = close
 
 
 @functools.cache
@@ -182,45 +196,97 @@ class _Processor:
 
 
 class _Requests:
-    """The requests of one manager. handle: the handle that the manager was made with."""
+    """The requests of one manager.
 
-    def __init__(self, handle: PatchHandle, manager: Any) -> None:
+    handle: the handle that the manager was made with. names: of requests that wait or run, and of what they may be
+    forked into.
+    """
+
+    def __init__(self, handle: PatchHandle, others: weakref.WeakSet[Any], manager: Any) -> None:
         self.handle = handle
-        self._stream: Any = None
+        self.names: set[str] = set()
+        self._others, self._stream = others, None
+        self._lock = threading.Lock()
+        self._entry: ContextVar[tuple[Choice | None, int] | None] = ContextVar("ksl_patch_entry", default=None)
         self._processors: weakref.WeakKeyDictionary[Any, _Processor] = weakref.WeakKeyDictionary()
+        for name in ("add_request", "start", "destroy", "_create_batch_processor"):
+            method = getattr(self, f"_{name.strip('_')}")
+            setattr(manager, name, functools.partial(method, getattr(manager, name), weakref.proxy(manager)))
         # The state that `add_request` makes passes through this queue, still in the thread of the caller.
         manager.input_queue.put = functools.partial(self._put, manager.input_queue.put)
-        manager._create_batch_processor = functools.partial(self._create, manager._create_batch_processor)
 
     def stream(self) -> Any:
         """The CUDA stream that computes, None before there is one and on a CPU."""
         return self._stream
 
-    def _put(self, put: Callable[..., None], state: Any, *args: Any, **kwargs: Any) -> None:
+    def _add_request(self, add: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
+        """An entry of a choice is this request's, whatever becomes of it."""
         choice = self.handle.chosen_here()
         slot = 0
+        if choice is not None:
+            with self._lock:
+                taken, choice.turn.taken = choice.turn.taken, choice.turn.taken + 1
+            if not choice.is_single and taken >= len(choice.slots):
+                count = len(choice.slots)
+                choice.turn.error = RunError(f"{count} patches were chosen for more requests: give an entry for each.")
+                raise choice.turn.error
+            slot = int(choice.slots[0 if choice.is_single else taken])
+        here = self._entry.set((choice, slot))
         try:
-            if choice is not None:
-                entries, turn = choice.slots.tolist(), choice.turn
-                if len(entries) > 1 and turn.taken == len(entries):
-                    raise RunError(f"{len(entries)} patches were chosen for more requests: give an entry for each.")
-                slot = entries[turn.taken if len(entries) > 1 else 0]
-            _serve(state, _Use(self, slot))
-            try:
-                put(state, *args, **kwargs)
-            except BaseException:
-                state.use.close()
-                raise
-            if choice is not None:
-                choice.turn.taken += 1
+            return add(*args, **kwargs)
         except Exception as error:
             if choice is not None:
                 choice.turn.error = error
             raise
+        finally:
+            self._entry.reset(here)
 
-    def _create(self, create: Callable[[], Any]) -> Any:
+    def _put(self, put: Callable[..., None], state: Any, *args: Any, **kwargs: Any) -> None:
+        choice, slot = self._entry.get() or (self.handle.chosen_here(), 0)
+        name = state.request_id
+        names = {name, *(f"{name}__child#{child}" for child in range(state.num_children))}
+        with self._lock:
+            if names & self.names:
+                raise RunError(f"a request named {min(names & self.names)} waits or runs already: choose another name.")
+            self.names |= names
+        family = _Family(names)
+        try:
+            use = _Use(self, slot, family, counts=choice is not None)
+        except BaseException:
+            self.names -= names
+            raise
+        try:
+            if choice is not None:
+                choice.block.check()  # only now is it certain that the slot is still the choice's
+            put(_serve(state, use), *args, **kwargs)
+        except BaseException:
+            use.close()
+            raise
+
+    def _start(self, start: Callable[[], None], manager: Any) -> None:
+        if self.handle.is_generating:
+            raise RunError("the model generates already: start the manager when that is done.")
+        self._check_only(manager)
+        start()
+
+    def _check_only(self, manager: Any) -> None:
+        if any(other.is_running() for other in self._others if other.input_queue is not manager.input_queue):
+            raise RunError(
+                "another manager of continuous batching runs on this model, and transformers mixes up their forward "
+                "passes: stop it first."
+            )
+
+    def _destroy(self, destroy: Callable[[], None], manager: Any) -> None:
+        """Requests that wait in a manager which nobody will start have ended."""
+        destroy()
+        while not manager.input_queue.empty():
+            state = manager.input_queue.get_nowait()
+            state.use.close()
+
+    def _create_batch_processor(self, create: Callable[[], Any], manager: Any) -> Any:
         if not self.handle.is_attached:
             raise RunError("the handle that this manager was made with is detached: make another manager.")
+        self._check_only(manager)
         processor = create()
         if processor in self._processors:
             return processor
@@ -238,7 +304,6 @@ class _Requests:
     def _prepare(
         self, prepare: Callable[..., None], followed: _Processor, requests_in_batch: Any, *args: Any, **kwargs: Any
     ) -> None:
-        self.handle.let_go()
         slots, is_prompt_only = [], self.handle.bank.is_prompt_only
         for request in requests_in_batch:
             state, length = request.state, request.query_length

@@ -6,18 +6,18 @@ outside its block, a forward past the patched embedding, a model that was change
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
 import functools
 import gc
 import inspect
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +36,7 @@ from ksl_patch.store.local import load
 
 Names = str | Sequence[str | None] | None
 F = TypeVar("F", bound=Callable[..., Any])
+_NO_ASYNC_GENERATORS = "an asynchronous generator cannot be bound: open `using` around each of its steps."
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,17 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Merged:
-    """What a merge has overwritten: the rows of the table at token_ids, and the tied head's weight if it was untied."""
+    """What a merge has overwritten: the rows of the table at token_ids, and the tied head's weight if it was untied.
+
+    merged_rows, head_weight: what there is in their place.
+    """
 
     name: str
     token_ids: torch.Tensor
     rows: torch.Tensor
+    merged_rows: torch.Tensor
     tied: Any
+    head_weight: Any
     tie_word_embeddings: Any
 
 
@@ -98,40 +104,51 @@ class PatchHandle:
     """
 
     def __init__(self, model: Any, tokenizer: Any, max_batch: int | None, strict: bool, bank: dict[str, Any]) -> None:
-        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        if not isinstance(model, nn.Module) or not hasattr(model, "get_input_embeddings"):
+            raise RunError(f"patches are attached to a model of transformers, and this is a {type(model).__name__}.")
+        base: Any = model
+        self._model = base.get_base_model() if hasattr(base, "get_base_model") else base
         if "ksl_patch" in vars(self._model):
             raise RunError("patches are attached to this model already: use that handle, or detach it first.")
         self._vocabulary = None if tokenizer is None else tokenizer_digest(tokenizer)
         self._table = table = find_embedding(self._model)
+        if any("ksl_patch" in vars(lookup.module) for lookup in table.lookups):
+            raise RunError("patches are attached to a part of this model, or to what it is a part of, already.")
         self.bank = PatchBank(table.vocab_size, table.hidden_size, dtype=table.dtype, device=table.device, **bank)
         self._overlay = Overlay(table, self.bank)
         self._strict = strict
         self._lock = threading.RLock()
         self._loaded: dict[str, _Loaded] = {}
-        self._blocks = 0  # `using` blocks that are open
-        self._requests = 0  # of continuous batching that use a patch
-        self._running = 0  # calls of `generate`
-        # What the garbage collector found held by nobody: it may run anywhere, so others let go of it later.
-        self._abandoned: collections.deque[ExitStack] = collections.deque()
+        # Sets, which a finaliser may change at any point: `using` blocks that are open, requests of continuous batching
+        # that somebody chose for, calls of `generate`.
+        self._blocks: set[Block] = set()
+        self.requests: set[Any] = set()
+        self._running: set[object] = set()
         self._merged: _Merged | None = None
         self.current: ContextVar[Choice | Packed | None] = ContextVar("ksl_patch_choice", default=None)
-        self._static = None if max_batch is None else StaticChoice(max_batch, table.device, strict)
+        self._static = None if max_batch is None else StaticChoice(max_batch, table.device)
         self._weight = table.weight if table.plain else None
+        self._state = _state(self._weight)
         self._wiring = Wiring(self._model)
         with self._wiring.undone_on_error() as wiring:
             # Before and after first: they are to see what the model's own hooks have made of the arguments.
             wiring.hook(self._model.register_forward_pre_hook, self._before_forward, with_kwargs=True)
-            wiring.hook(self._model.register_forward_hook, self._after_forward)
+            wiring.hook(self._model.register_forward_hook, self._after_forward, always_call=True)
+            # Those of the patched modules first too: what others make of their outputs is made of the patch's.
             for lookup in table.lookups:
                 hook = functools.partial(self._on_embedding, lookup.scale)
-                wiring.hook(lookup.module.register_forward_hook, hook, with_kwargs=True)
+                wiring.hook(lookup.module.register_forward_hook, hook, with_kwargs=True, prepend=True)
+                if lookup.module is not self._model:
+                    wiring.set(lookup.module, "ksl_patch", self)
             if table.head is not None:
-                wiring.hook(table.head.register_forward_hook, self._on_head)
-            wiring.set("ksl_patch", self)
+                wiring.hook(table.head.register_forward_hook, self._on_head, with_kwargs=True, prepend=True)
+            wiring.set(self._model, "ksl_patch", self)
             for name, method in (("generate", self._generate), ("_expand_inputs_for_generation", self._expand)):
                 wiring.wrap(name, method)
             self._continuous = ContinuousBatching(self, self._model, wiring)
             wiring.copy_without()
+            _forget_compiled()
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -164,7 +181,6 @@ class PatchHandle:
         full, RunError for a name that is taken.
         """
         patch = self._read(patch)
-        self.let_go()
         name = check_name(name or patch.meta.name)
         with self._lock:
             self._attached()
@@ -176,7 +192,6 @@ class PatchHandle:
     def replace(self, name: str, patch: Patch | str | os.PathLike[str]) -> None:
         """Put another patch behind a name. Blocks that are open keep the old one; new ones get the new one."""
         patch = self._read(patch)
-        self.let_go()
         with self._lock:
             old = self._find(name)
             self._loaded[name] = _Loaded(self.bank.replace(old.slot, slot_rows(patch)), patch.digest, patch.meta)
@@ -195,49 +210,52 @@ class PatchHandle:
         row of a forward call. The block is this thread's, or this task's: see `bind` for others. Raises RunError for
         an unknown name, before anything is computed, and in whatever still runs when the block has ended.
         """
-        with self._opened(lambda: self._slots(names)) as choice, self.chosen(choice):
+        with self._opened(lambda: self._slots(names), opener=_generator_that_opens()) as choice, self.chosen(choice):
             yield
 
     @contextmanager
-    def serving(self, slots: Sequence[int]) -> Iterator[None]:
+    def serving(self, slots: int | Sequence[int]) -> Iterator[None]:
         """As `using`, by slots of the bank."""
-        with self._opened(lambda: list(slots)) as choice, self.chosen(choice):
+        single = isinstance(slots, int)
+        wanted: list[int] = [slots] if isinstance(slots, int) else list(slots)
+        with self._opened(lambda: (wanted, single)) as choice, self.chosen(choice):
             yield
 
     def bind(self, names: Names) -> Callable[[F], F]:
         """Hand a choice over: `bind("es")(function)` runs with it in whatever thread, task or context it is called.
 
         So `Thread(target=handle.bind("es")(model.generate), kwargs=...)` answers in Spanish, and so does every step of
-        a bound generator function. Each call is a block of its own. Also a decorator. Raises RunError for an unknown
-        name, at once and when the call begins, and for an asynchronous generator function.
+        a generator, iterator or coroutine that the function returns. Each call is a block of its own, and so is what
+        it returns to be run later. Also a decorator. Raises RunError for an unknown name, at once and when the call
+        begins, and for asynchronous generators.
         """
         with self._lock:
             self._slots(names)
 
         def decorate(function: Any) -> Any:
             if inspect.isasyncgenfunction(function):
-                raise RunError("an asynchronous generator cannot be bound: open `using` around each of its steps.")
-            if inspect.iscoroutinefunction(function):
-
-                async def bound_task(*args: Any, **kwargs: Any) -> Any:
-                    with self.using(names):
-                        return await function(*args, **kwargs)
-
-                return functools.wraps(function)(bound_task)
-            if inspect.isgeneratorfunction(function):
-
-                def bound_steps(*args: Any, **kwargs: Any) -> Any:
-                    return self._steps(names, function(*args, **kwargs))
-
-                return functools.wraps(function)(bound_steps)
+                raise RunError(_NO_ASYNC_GENERATORS)
 
             def bound(*args: Any, **kwargs: Any) -> Any:
                 with self.using(names):
-                    return function(*args, **kwargs)
+                    result = function(*args, **kwargs)
+                if inspect.isasyncgen(result):
+                    raise RunError(_NO_ASYNC_GENERATORS)
+                if inspect.iscoroutine(result):
+                    return self._awaited(names, result)
+                return self._steps(names, result) if isinstance(result, Iterator) else result
 
-            return functools.wraps(function)(bound)
+            async def bound_task(*args: Any, **kwargs: Any) -> Any:
+                return await bound(*args, **kwargs)
+
+            wrapper = bound_task if inspect.iscoroutinefunction(function) else bound
+            return functools.update_wrapper(wrapper, function) if hasattr(function, "__name__") else wrapper
 
         return decorate
+
+    async def _awaited(self, names: Names, coroutine: Any) -> Any:
+        with self.using(names):
+            return await coroutine
 
     @contextmanager
     def marking(self, mask: torch.Tensor) -> Iterator[None]:
@@ -274,11 +292,15 @@ class PatchHandle:
             tied, tie = None, getattr(self._model.config, "tie_word_embeddings", None)
             if self._table.tied and output_rows is not rows:
                 assert head is not None
+                if self._model.config.is_encoder_decoder:
+                    raise RunError(f"{name} leaves the head alone, which this encoder-decoder shares: use `using`.")
                 tied, head.weight = head.weight, nn.Parameter(weight.detach().clone(), requires_grad=False)
                 self._model.config.tie_word_embeddings = False  # what is saved meanwhile has two tables
                 if output_rows is not None:
                     head.weight.data[token_ids] = output_rows
-            self._merged = _Merged(name, token_ids, weight.detach()[token_ids].clone(), tied, tie)
+            self._merged = _Merged(
+                name, token_ids, weight.detach()[token_ids].clone(), rows, tied, head and head.weight, tie
+            )
             weight.data[token_ids] = rows
 
     def unmerge(self) -> None:
@@ -287,27 +309,32 @@ class PatchHandle:
             if self._merged is None:
                 raise RunError("no patch is merged.")
             self._nothing_runs(f"{self._merged.name} cannot be taken out")
-            merged, self._merged = self._merged, None
+            merged, head = self._merged, self._table.head
+            weight: torch.Tensor = innermost(self._model.get_input_embeddings()).weight
+            if (
+                weight is not self._weight
+                or (merged.tied is not None and (head is None or head.weight is not merged.head_weight))
+                or not torch.equal(weight.detach()[merged.token_ids], merged.merged_rows)
+            ):
+                raise RunError(
+                    f"the model's table was changed while {merged.name} was merged, so the patch cannot be taken out: "
+                    "undo that change (unmerge what was merged after it), or load the base anew."
+                )
             self._table.weight.data[merged.token_ids] = merged.rows
             if merged.tied is not None:
-                assert self._table.head is not None
-                self._table.head.weight = merged.tied
+                assert head is not None
+                head.weight = merged.tied
                 self._model.config.tie_word_embeddings = merged.tie_word_embeddings
+            self._merged = None
 
     def detach(self) -> None:
         """Leave the model as it was, bit for bit. Raises RunError while anything is served; does nothing twice."""
         with self._lock:
             if "ksl_patch" not in vars(self._model):
                 return
-            if self._blocks or self._requests:
-                gc.collect()  # requests of a manager that nobody has any more
-                self.let_go()
+            if self._blocks or self.requests:
+                gc.collect()  # what nobody has any more
             self._nothing_runs("cannot detach")
-            if self._requests:
-                raise RunError(
-                    f"cannot detach while {self._requests} requests of continuous batching wait or run: stop their "
-                    "manager, or destroy it."
-                )
             self._continuous.close()
             if self._merged is not None:
                 self.unmerge()
@@ -318,18 +345,8 @@ class PatchHandle:
 
     # For continuous batching
 
-    def requested(self, by: int) -> None:
-        """Count the requests that the model must not be detached from."""
-        with self._lock:
-            self._requests += by
-
-    def abandon(self, hold: ExitStack) -> None:
-        """Let go of a hold, from a finaliser, which may run at any point of any thread."""
-        self._abandoned.append(hold)
-
     def chosen_here(self) -> Choice | None:
         """The choice that a request made here gets. Raises RunError as a forward pass here would."""
-        self.let_go()
         self._attached()
         choice = self._choice()
         assert not isinstance(choice, Packed)
@@ -341,13 +358,16 @@ class PatchHandle:
 
     @contextmanager
     def chosen(self, choice: Choice | Packed | None) -> Iterator[None]:
-        """A `with` block of this choice. It may end in another context than it began in: there it ends nothing."""
-        token = self.current.set(choice)
+        """A `with` block of this choice. Blocks may end in another order or context than they began in."""
+        before = self.current.get()
+        self.current.set(choice)
         try:
             yield
         finally:
-            with contextlib.suppress(ValueError):
-                self.current.reset(token)
+            now = self.current.get()
+            if now is None or choice is None or now.block is choice.block:
+                is_over = before is not None and not before.block.is_open
+                self.current.set(None if is_over else before)
 
     @property
     def is_attached(self) -> bool:
@@ -357,7 +377,7 @@ class PatchHandle:
     @property
     def is_generating(self) -> bool:
         """Whether a call of `generate` is under way."""
-        return self._running > 0
+        return bool(self._running)
 
     @property
     def is_static(self) -> bool:
@@ -366,15 +386,20 @@ class PatchHandle:
 
     # Choosing
 
-    def _slots(self, names: Names) -> list[int]:
-        wanted = [names] if names is None or isinstance(names, str) else list(names)
-        if not wanted:
+    def _slots(self, names: Names) -> tuple[list[int], bool]:
+        """The slots of names, and whether it is one for all rows."""
+        single = names is None or isinstance(names, str)
+        wanted: Any = [names] if single else names
+        if isinstance(wanted, Iterable):
+            wanted = list(wanted)
+        if not isinstance(wanted, list) or not wanted:
             raise RunError("no patch was chosen: give a name, None for the base, or an entry for each row.")
-        return [0 if name is None else self._find(name).slot for name in wanted]
+        return [0 if name is None else self._find(name).slot for name in wanted], single
 
     @contextmanager
-    def _opened(self, resolve: Callable[[], list[int]]) -> Iterator[Choice]:
-        self.let_go()
+    def _opened(
+        self, resolve: Callable[[], tuple[list[int], bool]], opener: FrameType | None = None
+    ) -> Iterator[Choice]:
         with ExitStack() as stack:
             with self._lock:
                 self._attached()
@@ -383,27 +408,26 @@ class PatchHandle:
                 if self._static is not None and self._blocks:
                     raise RunError("a handle with max_batch serves one batch at a time: another block is open.")
                 self._check_model()
-                slots = resolve()
+                slots, single = resolve()
                 stack.enter_context(self.bank.hold(slots))
-                self._blocks += 1
-                stack.callback(self._block_ended)
-            choice = self._choice_of(slots)
+                choice = self._choice_of(slots, single, opener)
+                self._blocks.add(choice.block)
+                stack.callback(self._blocks.discard, choice.block)
             stack.callback(choice.block.close)
             if self._static is not None:
                 stack.callback(self._static.clear)
-                self._static.fill(choice.slots)
+                self._static.fill(choice)
             yield choice
+            if not single and 0 < choice.turn.taken < len(slots):
+                raise RunError(f"{len(slots)} patches were chosen and {choice.turn.taken} requests made of them.")
 
-    def _block_ended(self) -> None:
-        with self._lock:
-            self._blocks -= 1
-
-    def _choice_of(self, slots: list[int]) -> Choice:
+    def _choice_of(self, slots: list[int], single: bool, opener: FrameType | None = None) -> Choice:
         device = self._table.device
         after = None
         if any(map(self.bank.is_prompt_only, slots)):
             after = torch.tensor([0 if self.bank.is_prompt_only(slot) else slot for slot in slots], device=device)
-        return Choice(Block(), torch.tensor(slots, device=device), self.bank.width_of(slots), after)
+        block = Block(opener=opener)
+        return Choice(block, torch.tensor(slots, device=device), self.bank.width_of(slots), single, after)
 
     def _choice(self) -> Choice | Packed | None:
         """The choice that holds here, None for the base where nobody chose."""
@@ -421,7 +445,9 @@ class PatchHandle:
 
     def _steps(self, names: Names, generator: Any) -> Any:
         """A generator whose every step runs with a choice, whatever context runs it; between them nothing is chosen."""
-        with self._opened(lambda: self._slots(names)) as choice, contextlib.closing(generator):
+        with self._opened(lambda: self._slots(names)) as choice, ExitStack() as stack:
+            if hasattr(generator, "close"):
+                stack.callback(generator.close)
             while True:
                 with self.chosen(choice):
                     try:
@@ -440,14 +466,14 @@ class PatchHandle:
         if not self.is_attached:
             raise RunError("the handle is detached from its model: attach again.")
 
-    def let_go(self) -> None:
-        """Close what was abandoned."""
-        while self._abandoned:
-            self._abandoned.popleft().close()
-
     def _nothing_runs(self, what: str) -> None:
         if self._blocks:
-            raise RunError(f"{what} while {self._blocks} batches are being served.")
+            raise RunError(f"{what} while {len(self._blocks)} batches are being served.")
+        if self.requests:
+            raise RunError(
+                f"{what} while {len(self.requests)} requests of continuous batching wait or run: stop their manager, "
+                "or destroy one that was never started."
+            )
         if self._running or self._continuous.is_running:
             raise RunError(f"{what} while the model generates: wait for it, or stop its managers.")
 
@@ -475,7 +501,9 @@ class PatchHandle:
             weight is not None and (module.weight is not weight or len(weight) != table.vocab_size)
         ):
             raise RunError("the model's input embedding was replaced after `attach`: detach, and attach again.")
-        if weight is not None and (weight.dtype, weight.device) != (table.dtype, table.device):
+        if weight is not None and self._merged is None and _state(weight) != self._state:
+            if (weight.dtype, weight.device) == (table.dtype, table.device):
+                raise RunError("the model's table was changed after `attach`: detach, attach again, and load again.")
             raise RunError(
                 f"the model was moved to {dtype_name(weight.dtype)} on {weight.device} after `attach`, "
                 f"which found {dtype_name(table.dtype)} on {table.device}: detach, and attach again."
@@ -489,6 +517,8 @@ class PatchHandle:
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`generate`, with the choice that is open or, in one call, `patch=`: a name, None, or an entry for each."""
+        if not self.is_attached:  # something still has this method
+            return generate(*args, **kwargs)
         if "patch" in kwargs:
             with self.using(kwargs.pop("patch")):
                 return self._generate(generate, *args, **kwargs)
@@ -498,48 +528,49 @@ class PatchHandle:
             if choice is None:
                 return generate(*args, **kwargs)
             assert isinstance(choice, Choice)
-            given = next(
-                (kwargs[k] for k in ("inputs", "input_ids") if kwargs.get(k) is not None), args[0] if args else None
-            )
+            names = ("inputs", "input_ids", getattr(self._model, "main_input_name", "input_ids"))
+            given = next((kwargs[k] for k in names if kwargs.get(k) is not None), args[0] if args else None)
             if not isinstance(given, torch.Tensor) or kwargs.get("inputs_embeds") is not None:
                 raise RunError("patches act on token ids: call generate with input_ids, not with inputs_embeds.")
             batch, columns = given.shape[0], given.shape[1]
-            if len(choice.slots) not in (1, batch):
+            if not choice.is_single and len(choice.slots) != batch:
                 raise RunError(f"{len(choice.slots)} patches were chosen for {batch} prompts: give one entry for each.")
             with self.chosen(dataclasses.replace(choice, prompt=Prompt(columns))), ExitStack() as stack:
                 if self._static is not None:
-                    stack.callback(self._static.fill, choice.slots)
+                    stack.callback(self._static.fill, choice)
                 return generate(*args, **kwargs)
 
     @contextmanager
     def _counted_running(self) -> Iterator[None]:
-        with self._lock:
-            self._running += 1
+        call = object()
+        self._running.add(call)
         try:
             yield
         finally:
-            with self._lock:
-                self._running -= 1
+            self._running.discard(call)
 
     def _expand(self, expand: Callable[..., Any], expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         """Where `generate` makes several rows of each prompt, the choice gets as many."""
         choice = self.current.get()
         if isinstance(choice, Choice) and choice.prompt is not None and expand_size > 1:
             if self._static is not None:
-                self._static.fill(choice.slots, expand_size)
+                self._static.fill(choice, expand_size)
             self.current.set(dataclasses.replace(choice, each=expand_size))
         return expand(expand_size, *args, **kwargs)
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            if self._static is None:
-                _uncompiled(self._begin)(args, kwargs)
-            elif not self._static.is_idle and kwargs.get("inputs_embeds") is not None:
-                raise RunError("patches act on token ids: call the model with input_ids, not with inputs_embeds.")
-            return
-        self._begin(args, kwargs)
+        (_uncompiled(self._begin) if torch.compiler.is_compiling() else self._begin)(args, kwargs)
 
     def _begin(self, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+            raise RunError(
+                "a trace of the model would keep the choice that it was made with: detach the patches first."
+            )
+        if "patch" in kwargs:
+            raise RunError("`patch=` is for `generate` and `generate_batch`: call the model inside `using`.")
+        choice = self.current.get()
+        if type(kwargs.get("cache")).__name__ == "PagedAttentionCache" and not isinstance(choice, Packed):
+            raise RunError("this manager of continuous batching was made before `attach`: make another one.")
         choice = self._choice()
         if not isinstance(choice, Packed):
             self._continuous.check_alone()
@@ -553,24 +584,25 @@ class PatchHandle:
         else:
             self._check_model()
         ids = kwargs.get("input_ids", args[0] if args else None)
-        length = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim == 2 else None
-        self.current.set(choice.begin(kwargs, length))
+        is_batch = isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point()
+        if self._model.config.is_encoder_decoder:
+            is_batch = False  # each side has token ids of its own
+        self.current.set(choice.begin(kwargs, ids if is_batch else None))
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            if self._static is None:
-                _uncompiled(self._end)()
-            return
-        self._end()
+        (_uncompiled(self._end) if torch.compiler.is_compiling() else self._end)(output is not None)
 
-    def _end(self) -> None:
+    def _end(self, has_output: bool) -> None:
         choice = self.current.get()
         if choice is None or choice.seen is None:
             return
+        self.current.set(dataclasses.replace(choice, seen=None))
+        if not has_output:
+            return  # it has failed
         choice.block.check()
         if self._static is not None:
             return  # compiled code leaves no trace
-        if not choice.seen.embedding:
+        if choice.seen.needs_embedding and not choice.seen.embedding:
             raise RunError(
                 "the forward pass did not look its tokens up in the patched embedding, so no patch could act: "
                 "something is in the embedding's place, or the model was given no token ids."
@@ -598,13 +630,13 @@ class PatchHandle:
         choice = self._choice()
         if choice is None:
             return None
+        slots = choice.embedding(token_ids)
         if choice.seen is not None:
             choice.seen.embedding = True
-        batch, length = token_ids.shape
-        return choice.embedding(batch, length)
+        return slots
 
-    def _on_head(self, module: nn.Module, args: Any, output: torch.Tensor) -> Any:
-        hidden = args[0]
+    def _on_head(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> Any:
+        hidden = args[0] if args else kwargs["input"]
         if self._static is None:
             here = _uncompiled(self._head_slots) if torch.compiler.is_compiling() else self._head_slots
             slots, width = here(hidden)
@@ -615,7 +647,10 @@ class PatchHandle:
             if not width:
                 return None
             slots = self._static.rows(hidden.shape[0])
-        return self._overlay.correct(slots, width, hidden, output)
+        batch, d, V = slots.shape[0], hidden.shape[-1], output.shape[-1]
+        # [1, ..., d] for one patch, [B, ..., d] for one each: some heads see more than rows and columns.
+        flat = self._overlay.correct(slots, width, hidden.reshape(batch, -1, d), output.reshape(batch, -1, V))
+        return flat.view(output.shape)
 
     def _head_slots(self, hidden: torch.Tensor) -> tuple[torch.Tensor | None, int]:
         choice = self._choice()
@@ -623,12 +658,44 @@ class PatchHandle:
             return None, 0
         if choice.seen is not None:
             choice.seen.head = True
-        batch, length = hidden.shape[:2]
-        return choice.head(batch, length), choice.width
+        return choice.head(hidden), choice.width
 
     def _captured(self) -> None:
         if self._table.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.bank.fix()
+
+
+def _state(weight: torch.Tensor | None) -> tuple[Any, ...]:
+    """What tells that a table is still as it was: where it is, and how often it was written to."""
+    if weight is None:
+        return ()
+    return weight.dtype, weight.device, weight.data_ptr(), None if weight.is_inference() else weight._version
+
+
+def _forget_compiled() -> None:
+    """Let torch.compile look at its models again: what it compiled before does not see new hooks."""
+    if torch._dynamo.utils.counters["frames"]:
+        torch._dynamo.reset()
+
+
+def _generator_that_opens() -> FrameType | None:
+    """The frame of the generator that opens a `using` block, where it may be left in the middle of it.
+
+    A generator behind `contextmanager`, or a fixture, is left on purpose: its block is its caller's.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        caller = frame.f_back
+        if frame.f_globals.get("__name__", "").partition(".")[0] != "contextlib":
+            if not frame.f_code.co_flags & inspect.CO_GENERATOR:
+                return None
+            by = "" if caller is None else caller.f_globals.get("__name__", "").partition(".")[0]
+            if by not in ("contextlib", "_pytest"):
+                return frame
+            if by == "_pytest":
+                return None
+        frame = caller
+    return None
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,15 +18,14 @@ _ABSENT = object()
 
 
 class Wiring:
-    """Hooks on a model's modules and attributes of the model itself, to be undone in the reverse order."""
+    """Hooks on a model's modules and attributes of them, to be undone in the reverse order."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._undo = ExitStack()
         self._hooked: dict[int, nn.Module] = {id(model): model}
         self._ids: set[int] = set()
-        self._names: set[str] = set()
-        self._before: dict[str, Any] = {}
+        self._before: dict[tuple[int, str], Any] = {}  # by module and attribute
 
     @contextmanager
     def undone_on_error(self) -> Iterator[Wiring]:
@@ -49,41 +48,41 @@ class Wiring:
         module = register.__self__  # type: ignore[attr-defined]
         self._hooked[id(module)] = module
 
-    def set(self, name: str, value: Any) -> None:
-        """Set an attribute of the model."""
-        self._before[name] = vars(self._model).get(name, _ABSENT)
-        self._names.add(name)
-        vars(self._model)[name] = value
-        self._undo.callback(_restore, self._model, name, self._before[name])
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute of a module. What others have put in its place since stays there."""
+        before = self._before[id(module), name] = vars(module).get(name, _ABSENT)
+        vars(module)[name] = value
+        self._undo.callback(_restore, module, name, value, before)
 
     def wrap(self, name: str, method: Callable[..., Any]) -> None:
         """Put `method(original, ...)` in the place of a method, if the model has it."""
         original = getattr(self._model, name, None)
         if original is not None:
-            self.set(name, functools.wraps(original)(functools.partial(method, original)))
+            self.set(self._model, name, functools.wraps(original)(functools.partial(method, original)))
 
     def copy_without(self) -> None:
         """Let `copy.deepcopy`, `pickle` and `torch.save` take the hooked modules as they are without the wiring."""
         for module in self._hooked.values():
-            vars(module)["__reduce_ex__"] = functools.partial(self._reduce, module)
-            self._undo.callback(_restore, module, "__reduce_ex__", _ABSENT)
+            self.set(module, "__reduce_ex__", functools.partial(self._reduce, module))
 
     def _reduce(self, module: nn.Module, protocol: Any) -> Any:
         reduced: Any = type(module).__reduce_ex__(module, protocol)
         make, arguments, state, *more = reduced
-        state = {name: value for name, value in state.items() if name != "__reduce_ex__"}
-        if module is self._model:
-            for name in self._names:
+        state = dict(state)
+        for (owner, name), before in self._before.items():
+            if owner == id(module):
                 del state[name]
-                if self._before[name] is not _ABSENT:
-                    state[name] = self._before[name]
+                if before is not _ABSENT:
+                    state[name] = before
         for name in _HOOKS:
             state[name] = OrderedDict((key, hook) for key, hook in state[name].items() if key not in self._ids)
         return make, arguments, state, *more
 
 
-def _restore(module: nn.Module, name: str, value: Any) -> None:
-    if value is _ABSENT:
-        vars(module).pop(name, None)
+def _restore(module: nn.Module, name: str, value: Any, before: Any) -> None:
+    if vars(module).get(name) is not value:
+        return
+    if before is _ABSENT:
+        del vars(module)[name]
     else:
-        vars(module)[name] = value
+        vars(module)[name] = before

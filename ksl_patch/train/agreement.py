@@ -68,7 +68,7 @@ def next_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The greedy token after each prompt, int64 [n], and its probability minus that of the second, float32 [n]."""
     tokens, margins = [], []
-    with attach(model) as handle, handle.serving([handle.bank.add(slot_rows(patch))]):
+    with attach(model) as handle, handle.serving(handle.bank.add(slot_rows(patch))):
         for start in range(0, len(examples), batch_size):
             part = [Example(example.prompt, []) for example in examples[start : start + batch_size]]
             batch = {k: v.to(model.device) for k, v in collate(part, pad=0).items() if k != "labels"}

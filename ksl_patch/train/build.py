@@ -320,7 +320,7 @@ class Build:
 
     def patched_loss(self, patch: Patch) -> float:
         """Held-out loss per answer token of the model with the patch's stored rows."""
-        with attach(self.model) as handle, handle.serving([handle.bank.add(slot_rows(patch))]):
+        with attach(self.model) as handle, handle.serving(handle.bank.add(slot_rows(patch))):
             return token_loss(self.model, self.held_out.examples, handle=handle)
 
     def _tune(

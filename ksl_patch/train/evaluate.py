@@ -117,7 +117,7 @@ def run(
             return Outputs(**json.loads(file.read_bytes()))
     with attach(model) as handle:
         slot = 0 if patch is None else handle.bank.add(slot_rows(patch))
-        with handle.serving([slot]):
+        with handle.serving(slot):
             losses, tokens = answer_losses(model, held_out.examples, handle=handle)
     outputs = of_completions(
         translate(model, tokenizer, held_out.examples, patch, max_new_tokens=max_new_tokens), losses, tokens
