@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -130,6 +130,12 @@ class PatchHandle:
         self._static = None if max_batch is None else StaticChoice(max_batch, table.device)
         self._weight = table.weight if table.plain else None
         self._state = _state(self._weight)
+        # What torch.compile is to run and not to trace: it looks at the thread's choice.
+        reason = "the choice is looked up outside compiled code: compile model.forward, and not the model"
+        self._uncompiled = SimpleNamespace(**{
+            name: torch.compiler.disable(getattr(self, f"_{name}"), reason=reason)  # type: ignore[no-untyped-call]
+            for name in ("begin", "end", "embedding_slots", "head_slots")
+        })  # fmt: skip
         self._wiring = Wiring(self._model)
         with self._wiring.undone_on_error() as wiring:
             # Before and after first: they are to see what the model's own hooks have made of the arguments.
@@ -559,7 +565,7 @@ class PatchHandle:
         return expand(expand_size, *args, **kwargs)
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        (_uncompiled(self._begin) if torch.compiler.is_compiling() else self._begin)(args, kwargs)
+        (self._uncompiled.begin if torch.compiler.is_compiling() else self._begin)(args, kwargs)
 
     def _begin(self, args: Any, kwargs: dict[str, Any]) -> None:
         if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
@@ -587,10 +593,12 @@ class PatchHandle:
         is_batch = isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point()
         if self._model.config.is_encoder_decoder:
             is_batch = False  # each side has token ids of its own
+        if self._static is not None and is_batch:
+            self._static.rows(ids.shape[0])  # compiled code would raise what torch makes of the error
         self.current.set(choice.begin(kwargs, ids if is_batch else None))
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        (_uncompiled(self._end) if torch.compiler.is_compiling() else self._end)(output is not None)
+        (self._uncompiled.end if torch.compiler.is_compiling() else self._end)(output is not None)
 
     def _end(self, has_output: bool) -> None:
         choice = self.current.get()
@@ -615,7 +623,7 @@ class PatchHandle:
     ) -> Any:
         token_ids = args[0] if args else kwargs["input"]
         if self._static is None:
-            here = _uncompiled(self._embedding_slots) if torch.compiler.is_compiling() else self._embedding_slots
+            here = self._uncompiled.embedding_slots if torch.compiler.is_compiling() else self._embedding_slots
             slots = here(token_ids)
             if slots is None:
                 return None
@@ -638,7 +646,7 @@ class PatchHandle:
     def _on_head(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> Any:
         hidden = args[0] if args else kwargs["input"]
         if self._static is None:
-            here = _uncompiled(self._head_slots) if torch.compiler.is_compiling() else self._head_slots
+            here = self._uncompiled.head_slots if torch.compiler.is_compiling() else self._head_slots
             slots, width = here(hidden)
             if slots is None:
                 return None
@@ -696,9 +704,3 @@ def _generator_that_opens() -> FrameType | None:
                 return None
         frame = caller
     return None
-
-
-def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Python that torch.compile is to run and not to trace: it looks at the thread's choice."""
-    uncompiled: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    return uncompiled
