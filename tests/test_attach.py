@@ -19,6 +19,7 @@ from test_hf import overwritten, some_patch
 from ksl_patch import Patch, attach, find_embedding, identify
 from ksl_patch.errors import BankError, BaseMismatchError, KslPatchError, PatchError, RunError
 from ksl_patch.hf import load_base
+from ksl_patch.hf.handle import _state
 
 IDS = list(range(2, 372, 3))
 PROMPTS = torch.tensor([[5, 9, 300, 17, 40], [17, 17, 5, 251, 9]])
@@ -522,6 +523,51 @@ def test_a_second_merge_is_refused_and_the_first_undone(model, handle, plain, tm
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings
+
+
+@torch.no_grad()
+def test_a_merge_under_which_the_table_changed_is_not_undone_silently(patches):
+    from accelerate import cpu_offload
+
+    for change in (
+        cpu_offload,
+        lambda m: m.set_input_embeddings(copy.deepcopy(m.get_input_embeddings())),
+        lambda m: m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}, assign=True),
+        lambda m: m.get_input_embeddings().weight.data[IDS[3]].add_(1),
+    ):
+        model = tiny_llama()
+        handle = attach(model)
+        handle.load(patches["a"], "a")
+        handle.merge("a")
+        change(model)
+        for undo in (handle.unmerge, handle.detach):
+            with pytest.raises(RunError, match="changed while a was merged"):
+                undo()
+        assert handle.merged == "a"
+
+
+@torch.no_grad()
+def test_a_table_that_is_written_to_after_attach_is_refused(model, handle, plain):
+    for change in (
+        lambda: model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}),
+        lambda: setattr(model.lm_head.weight, "data", model.lm_head.weight.data + 1),
+    ):
+        change()
+        with pytest.raises(RunError, match="table was changed after `attach`"), handle.using("a"):
+            pass
+        handle._state = type(handle._state)(_state(model.lm_head.weight))  # as if attached anew
+
+
+@torch.no_grad()
+def test_one_handle_for_a_model_and_its_parts(model, handle):
+    with pytest.raises(RunError, match="a part of this model, or to what it is a part of"):
+        attach(model.model)
+    handle.merge("a")
+    with pytest.raises(BaseMismatchError, match="a is merged into the model's table"):
+        Patch.from_model(model.model, [5], torch.zeros(1, 32), name="x")
+    handle.detach()
+    with attach(model.model), pytest.raises(RunError, match="a part of this model"):
+        attach(model)
 
 
 @torch.no_grad()

@@ -226,6 +226,42 @@ def test_a_patch_is_replaced_in_a_budget_that_has_room_for_one():
     assert len(b) == 1
 
 
+def test_nothing_is_evicted_for_a_batch_that_cannot_fit():
+    b = bank(budget=5_000, evict=True)
+    one, two, three = (b.add(some_rows(seed, 60)) for seed in range(3))
+    assert seen(b, three) == expected(some_rows(2, 60))
+    with pytest.raises(BankError, match="the 2 patches that are wanted at once"), b.hold([one, two]):
+        pass
+    assert seen(b, three) == expected(some_rows(2, 60)), "it is still on the device"
+    with b.hold([one]):
+        assert seen(b, one) == expected(some_rows(0, 60))
+
+
+def test_patches_of_all_sizes_in_a_full_budget_are_rarely_moved():
+    b = bank(budget=250_000, evict=True)
+    slots = [b.add(some_rows(seed, 1 + 7 * seed % 61)) for seed in range(300)]
+    generation, back = b.generation, 0
+    for turn in range(600):
+        slot = slots[turn * 97 % 300]
+        back += b._slots[slot].host is not None
+        with b.hold([slot]):
+            pass
+    assert back > 300
+    assert b.generation - generation < back / 8
+    check_books(b)
+
+
+def test_what_never_fits_is_refused_at_once():
+    b = bank(budget=20_000, evict=True)
+    for seed in range(2000):
+        b.add(some_rows(seed, 2))
+    looked = []
+    b._affords = lambda sizes: looked.append(sizes) or PatchBank._affords(b, sizes)
+    with pytest.raises(BankError, match="no room"):
+        b.add(SlotRows(torch.arange(V), torch.zeros(V, D), True, torch.zeros(V, D)))
+    assert len(looked) < 3 * 2000, "once for each patch that could go, and not for all of them each time"
+
+
 def test_a_capacity_above_the_budget_is_refused():
     with pytest.raises(BankError, match="a capacity of 1,000 rows takes .* more than the budget of 1,000"):
         bank(capacity=1000, budget=1000)

@@ -1,6 +1,7 @@
 """Who sees a choice and for how long: a request that was given a patch is answered with it or raises."""
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import threading
@@ -490,3 +491,176 @@ def test_nested_blocks_and_threads_beside_them(model, handle, answers):
 
 def _assert(condition):
     assert condition
+
+
+# Found by readers who looked for wrong answers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"max_batch": 4, "capacity": 400}])
+@pytest.mark.parametrize("how", ["model", "forward"])
+def test_what_was_compiled_before_attach_sees_the_patches(patches, how, options):
+    model = tiny_llama()
+    plain = references(model, patches)
+    call = torch.compile(model, backend="eager") if how == "model" else model
+    if how == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    call(PROMPTS)
+    for _ in range(2):  # and a second handle after a first
+        with attach(model, **options) as handle:
+            handle.load(patches["a"], "a")
+            with handle.using("a"):
+                assert torch.allclose(call(PROMPTS).logits, plain["a"](PROMPTS).logits, atol=1e-4)
+            assert torch.allclose(call(PROMPTS).logits, plain[None](PROMPTS).logits, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["model", "forward"])
+def test_compiled_code_with_max_batch_is_checked_as_any_other(patches, how):
+    model = tiny_llama()
+    with attach(model, max_batch=4, capacity=400) as handle:
+        handle.load(patches["a"], "a")
+        torch._dynamo.reset()
+        call = torch.compile(model, backend="eager") if how == "model" else model
+        if how == "forward":
+            model.forward = torch.compile(model.forward, backend="eager")
+        with handle.using("a"):
+            call(PROMPTS)
+            context = contextvars.copy_context()
+            assert NO_CHOICE in str(in_a_thread(lambda: call(PROMPTS)))
+            with pytest.raises(RunError, match="not with inputs_embeds"):
+                call(inputs_embeds=model.get_input_embeddings()(PROMPTS))
+        with pytest.raises(RunError, match=ENDED):
+            context.run(lambda: call(PROMPTS))
+        with handle.using("a"):
+            model.set_input_embeddings(copy.deepcopy(model.get_input_embeddings()))
+            with pytest.raises(RunError, match="was replaced"):
+                call(PROMPTS)
+
+
+class AsyncCall:
+    def __init__(self, model):
+        self.model = model
+
+    async def __call__(self):
+        await asyncio.sleep(0)
+        return generate(self.model)
+
+
+@torch.no_grad()
+def test_what_a_bound_function_returns_to_be_run_later_has_its_choice(model, handle, answers, tokenizer):
+    def logged(function):
+        return lambda *args, **kwargs: function(*args, **kwargs)
+
+    def one_step(name=None):
+        yield generate(model)
+
+    assert list(handle.bind("a")(logged(one_step))()) == [answers["a"]]
+    assert asyncio.run(handle.bind("a")(AsyncCall(model))()) == answers["a"]
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    settings = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    texts = ["The cat sees", "The dog wants"]
+    with handle.using("b"):
+        expected = [pipe(text, **settings) for text in texts]
+    assert list(handle.bind("b")(pipe)((text for text in texts), **settings)) == expected
+
+
+@torch.no_grad()
+def test_generators_that_open_blocks_beside_each_other(model, handle, answers):
+    def steps(name):
+        with handle.using(name):
+            for _ in range(3):
+                yield generate(model)
+
+    one, two = steps("a"), steps("b")
+    assert (next(one), next(two)) == (answers["a"], answers["b"])
+    for call in (lambda: next(one), lambda: model(PROMPTS)):
+        with pytest.raises(RunError, match="opened by a generator, which is suspended"):
+            call()
+    two.close()
+    assert generate(model) == answers[None], "nobody's block is open, and the one that raised has ended"
+
+    @contextlib.contextmanager
+    def spanish():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(handle.using("a"))
+            yield
+
+    with spanish():
+        assert generate(model) == answers["a"], "a context manager's block is its caller's"
+    assert list(steps("b")) == [answers["b"]] * 3
+
+
+@torch.no_grad()
+def test_scope_prompt_where_others_count_the_columns(model, patches):
+    from peft import PrefixTuningConfig, get_peft_model
+
+    patch = patches["a"].with_meta(scope="prompt", name="p")
+
+    def by_hand(model, input_ids, **_):
+        for _ in range(3):
+            logits = model.lm_head(model.model(input_ids=input_ids).last_hidden_state[:, -1:])
+            input_ids = torch.cat([input_ids, logits.argmax(-1)], dim=1)
+        return input_ids
+
+    with attach(model) as handle:
+        handle.load(patch)
+        with handle.using("p"), pytest.raises(RunError, match="needs to know where the prompt ends"):
+            model.generate(PROMPTS, custom_generate=by_hand, **GREEDY)
+    for virtual in (3, 8):
+        prefixed = get_peft_model(tiny_llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual))
+        with attach(prefixed.eval()) as handle:
+            handle.load(patch)
+            with handle.using("p"), pytest.raises(RunError, match="needs to know where the prompt ends"):
+                prefixed.generate(input_ids=PROMPTS, **GREEDY)
+
+
+@torch.no_grad()
+def test_hooks_of_others_see_the_patch_s_rows(model):
+    patch = some_patch(model, 1, IDS, side="input+output")
+    reference = overwritten(model, patch)
+    for m in (model, reference):
+        m.get_input_embeddings().register_forward_hook(lambda module, args, output: output * 2)
+        m.lm_head.register_forward_hook(lambda module, args, output: output * 3)
+    with attach(model) as handle, handle.using(handle.load(patch)):
+        assert torch.allclose(model(PROMPTS).logits, reference(PROMPTS).logits, atol=1e-4)
+
+
+def test_calls_that_would_be_taken_for_others(model, handle, plain):
+    with handle.using(["a"]), pytest.raises(RunError, match="1 patches were chosen for a batch of 2"):
+        model(PROMPTS)
+    with pytest.raises(RunError, match="`patch=` is for `generate`"):
+        model(PROMPTS, patch="a")
+    with pytest.raises(RunError, match="give a name, None for the base"), handle.using(5):
+        pass
+    with handle.using("a"):
+        row = model.get_input_embeddings()(torch.tensor([IDS[0]]))
+        assert torch.equal(row, plain["a"].get_input_embeddings()(torch.tensor([IDS[0]])))
+        with pytest.raises(RunError, match="a trace of the model would keep the choice"):
+            torch.jit.trace(model, PROMPTS, strict=False, check_trace=False)
+    for wrong in ("model", torch.nn.Linear(2, 2), torch.nn.DataParallel(model)):
+        with pytest.raises(RunError, match=f"this is a {type(wrong).__name__}"):
+            attach(wrong)
+
+
+def test_what_others_put_around_generate_stays(model, patches, answers):
+    handle = attach(model)
+    handle.load(patches["a"], "a")
+    own, calls = model.generate, []
+    model.generate = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
+    with handle.using("a"):
+        assert generate(model) == answers["a"]
+    handle.detach()
+    assert generate(model) == answers[None]
+    assert calls == [1, 1]
+
+
+@torch.no_grad()
+def test_a_compiled_module_is_the_model_in_it(model, patches, answers):
+    compiled = torch.compile(model, backend="eager")
+    with attach(compiled) as handle:
+        handle.load(patches["a"], "a")
+        with handle.using("a"):
+            assert compiled.generate(PROMPTS, **GREEDY).tolist() == answers["a"]
+        with pytest.raises(RunError, match="attached to this model already"):
+            attach(model)

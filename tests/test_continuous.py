@@ -411,3 +411,182 @@ def test_ten_thousand_requests_wait_at_no_cost_to_those_that_run(patch_of):
             assert manager.get_result(timeout=10).error is None
         manager.stop(hard_stop=True)
         assert not handle.requests
+
+
+# Found by readers who looked for wrong answers
+
+
+@pytest.mark.parametrize("kind", ["request", "generator", "both"])
+def test_what_the_garbage_collector_ends_while_the_bank_is_at_work(model, kind, monkeypatch):
+    """It may run in the middle of any change; two names never share a slot."""
+    patches = {name: some_patch(model, seed, IDS) for seed, name in enumerate("abcd", start=1)}
+    plain = references(model, patches)
+    with attach(model) as handle:
+        handle.load(patches["a"], "a")
+        handle.load(patches["b"], "b")
+        bank = handle.bank
+        place = bank._place
+        monkeypatch.setattr(bank, "_place", lambda *args: (gc.collect(), place(*args))[1])
+
+        def abandon():
+            if kind != "generator":
+                config = batching()
+                manager = model.init_continuous_batching(
+                    generation_config=GENERATION, continuous_batching_config=config
+                )
+                with handle.using("a"):
+                    manager.add_request(LONG)
+            if kind != "request":
+                left = [handle.bind("a")(lambda: iter([1, 2]))()]
+                next(left[0])
+                left.append(left)  # only the collector finds it
+
+        abandon()
+        handle.unload("a")
+        handle.load(patches["c"], "c")
+        handle.load(patches["d"], "d")
+        assert len({loaded.slot for loaded in handle._loaded.values()}) == 3
+        for name in "bcd":
+            with handle.using(name):
+                assert alone(model, LONG) == alone(plain[name], LONG)
+        gc.collect()
+    assert len(bank) == 0
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_a_head_that_is_unloaded_or_replaced_while_it_is_held(graphs, warmup):
+    model = tiny_llama()
+    patch, narrow = (some_patch(model, 1, IDS[:k], side="input+output") for k in (40, 1))
+    plain = references(model, {"a": patch})
+    for change in ("unload", "replace"):
+        with attach(model) as handle:
+            handle.load(patch, "a")
+            manager = model.init_continuous_batching(
+                generation_config=GENERATION, continuous_batching_config=batching(q_padding_interval_size=64)
+            )
+            with handle.using("a"):
+                manager.add_request(LONG, max_new_tokens=10)
+            if change == "unload":
+                handle.unload("a")
+            else:
+                handle.replace("a", narrow)
+            if warmup:
+                manager.warmup()
+            manager.start()
+            assert manager.get_result(timeout=20).generated_tokens == alone(plain["a"], LONG)
+            manager.stop()
+        with torch.no_grad(), attach(model, max_batch=2) as handle:
+            handle.load(patch, "a")
+            with handle.using("a"):
+                handle.unload("a") if change == "unload" else handle.replace("a", narrow)
+                prompt = torch.tensor([LONG])
+                torch.testing.assert_close(model(prompt).logits, plain["a"](prompt).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_manager_from_before_attach_answers_nobody(model):
+    manager = model.init_continuous_batching(generation_config=GENERATION, continuous_batching_config=batching())
+    with attach(model) as handle:
+        handle.load(some_patch(model, 1, IDS), "a")
+        with handle.using("a"):
+            manager.add_request(LONG)
+        manager.start()
+        assert "was made before `attach`" in manager.get_result(timeout=20).error
+        manager.stop()
+
+
+def test_a_merge_is_refused_while_requests_wait_that_chose(model, served):
+    handle, _ = served
+    for choice in ("a", None):
+        manager = model.init_continuous_batching(generation_config=GENERATION, continuous_batching_config=batching())
+        with handle.using(choice):
+            manager.add_request(LONG)
+        for change in (lambda: handle.merge("b"), handle.detach):
+            with pytest.raises(RunError, match="while 1 requests of continuous batching wait or run"):
+                change()
+        manager.destroy()
+        handle.merge("b")
+        handle.unmerge()
+
+
+def test_a_second_manager_does_not_run_beside_a_first(model, served):
+    handle, plain = served
+    first, second = (
+        model.init_continuous_batching(generation_config=GENERATION, continuous_batching_config=batching())
+        for _ in range(2)
+    )
+    first.start()
+    for begin in (second.start, second.warmup):
+        with pytest.raises(RunError, match="another manager of continuous batching runs"):
+            begin()
+    first.stop()
+    second.start()
+    with handle.using("a"):
+        second.add_request(LONG, max_new_tokens=10)
+    assert second.get_result(timeout=20).generated_tokens == alone(plain["a"], LONG)
+    second.stop()
+    assert not hasattr(model.config, "is_causal")
+
+
+def test_names_of_requests_that_would_be_taken_for_another_s(model, served):
+    handle, _ = served
+    generation = transformers.GenerationConfig(
+        max_new_tokens=4, do_sample=True, top_k=1, eos_token_id=1, pad_token_id=1, num_return_sequences=2
+    )
+    manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=batching())
+    with handle.using("a"):
+        manager.add_request(LONG, request_id="x")
+        for name in ("x", "x__child#0"):
+            with pytest.raises(RunError, match=f"a request named {name} waits or runs already"):
+                manager.add_request(LONG, request_id=name)
+    manager.start()
+    found = {manager.get_result(timeout=20).request_id for _ in range(2)}
+    assert found == {"x", "x__child#0"}
+    with handle.using("b"):
+        manager.add_request(LONG, request_id="x")  # free again
+    assert {manager.get_result(timeout=20).request_id for _ in range(2)} == found
+    manager.stop()
+
+
+def test_a_slot_that_became_another_s_before_the_request_held_it(model, served, monkeypatch):
+    handle, _ = served
+    manager = model.init_continuous_batching(generation_config=GENERATION, continuous_batching_config=batching())
+    block = handle.using("a")
+    block.__enter__()
+    hold = handle.bank.hold
+
+    def late(*args):
+        monkeypatch.undo()
+        block.__exit__(None, None, None)
+        handle.replace("a", some_patch(model, 7, IDS))
+        handle.load(some_patch(model, 8, IDS), "c")  # in the slot that "a" had
+        return hold(*args)
+
+    monkeypatch.setattr(handle.bank, "hold", late)
+    with pytest.raises(RunError, match="the block that chose the patch has ended"):
+        manager.add_request(LONG)
+    assert not handle.requests
+
+
+def test_entries_of_a_list_go_to_no_other_request(model, served):
+    handle, plain = served
+    manager = model.init_continuous_batching(generation_config=GENERATION, continuous_batching_config=batching())
+    with pytest.raises(RunError, match="2 patches were chosen and 1 requests made of them"):
+        handle.bind(["a", "b"])(manager.add_request)(LONG)
+    manager.destroy()
+    manager = model.init_continuous_batching(generation_config=GENERATION, continuous_batching_config=batching())
+    manager.start()
+    manager.stop()
+    with handle.using(["a", "b"]):
+        assert manager.add_request(LONG) is None, "transformers drops requests of a manager that has stopped"
+        manager.start()
+        manager.add_request(LONG, max_new_tokens=10)
+    assert manager.get_result(timeout=20).generated_tokens == alone(plain["b"], LONG)
+    manager.stop()
+
+
+def test_the_configuration_inside_a_generation_configuration(model, served):
+    generation = transformers.GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=1, pad_token_id=1)
+    generation.continuous_batching_config = batching(max_batch_tokens=17)
+    manager = model.init_continuous_batching(generation_config=generation)
+    assert manager.continuous_batching_config.max_batch_tokens == 17
+    assert not manager.continuous_batching_config.allow_block_sharing

@@ -454,10 +454,11 @@ class PatchHandle:
         with self._opened(lambda: self._slots(names)) as choice, ExitStack() as stack:
             if hasattr(generator, "close"):
                 stack.callback(generator.close)
+            steps = iter(generator)
             while True:
                 with self.chosen(choice):
                     try:
-                        item = next(generator)
+                        item = next(steps)
                     except StopIteration as end:
                         return end.value
                 yield item
