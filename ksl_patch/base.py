@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import sys
@@ -130,13 +131,10 @@ def innermost(module: Any) -> Any:
     """
     if "peft" not in sys.modules:
         return module
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+    wrappers, lora = _peft_layers()
+    while isinstance(module, wrappers):
         kind = type(module).__name__
-        if not isinstance(module, LoraLayer) or module.lora_variant:
+        if not isinstance(module, lora) or module.lora_variant:
             raise BaseMismatchError(
                 f"PEFT's {kind} is around the embedding or the head and does not go through its rows: remove that "
                 "adapter, or make a patch of it (`ksl-patch import`)."
@@ -145,6 +143,16 @@ def innermost(module: Any) -> Any:
             raise BaseMismatchError(f"a LoRA is merged into the embedding or the head ({kind}): unmerge it first.")
         module = module.base_layer
     return module
+
+
+@functools.cache
+def _peft_layers() -> tuple[Any, Any]:
+    """The classes that PEFT puts around a module, and LoRA's among them."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return (BaseTunerLayer, AuxiliaryTrainingWrapper), LoraLayer
 
 
 def find_embedding(model: Any) -> EmbeddingTable:

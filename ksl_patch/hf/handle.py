@@ -590,7 +590,7 @@ class PatchHandle:
                 raise RunError("a CUDA graph keeps the choice that it was captured with: attach with max_batch.")
         else:
             self._check_model()
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
         is_batch = isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point()
         if self._model.config.is_encoder_decoder:
             is_batch = False  # each side has token ids of its own
