@@ -267,6 +267,11 @@ def test_a_capacity_above_the_budget_is_refused():
         bank(capacity=1000, budget=1000)
 
 
+def test_eviction_without_a_budget_is_refused():
+    with pytest.raises(BankError, match="give one, budget=BYTES"):
+        bank(evict=True)
+
+
 def test_what_a_failing_device_call_took_comes_back(monkeypatch):
     b = bank(capacity=100)
     old = some_rows(1, 20)

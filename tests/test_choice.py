@@ -5,6 +5,7 @@ import contextlib
 import contextvars
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -161,14 +162,23 @@ def test_a_bound_task(model, handle, answers):
         return await asyncio.to_thread(generate, model)
 
     async def asynchronous_steps():
-        yield 1
+        for _ in range(2):
+            yield await asyncio.to_thread(generate, model)
+
+    async def collected(name):
+        found = []
+        async for step in handle.bind(name)(asynchronous_steps)():
+            found.append(step)
+            with handle.using(None):
+                assert generate(model) == answers[None], "between its steps nothing of it is chosen"
+        return found
 
     async def main():
         return await asyncio.gather(answer(), handle.bind("b")(asyncio.to_thread)(generate, model), answer())
 
     assert asyncio.run(main()) == [answers["a"], answers["b"], answers["a"]]
-    with pytest.raises(RunError, match="asynchronous generator cannot be bound"):
-        handle.bind("a")(asynchronous_steps)
+    assert asyncio.run(collected("a")) == [answers["a"]] * 2
+    assert not handle._blocks
 
 
 def test_strict_answers_nobody_who_did_not_choose(model, patches, answers):
@@ -181,6 +191,8 @@ def test_strict_answers_nobody_who_did_not_choose(model, patches, answers):
             assert generate(model) == answers[None]
         with handle.using("a"):
             assert generate(model) == answers["a"]
+        handle.merge("a")
+        assert generate(model) == answers["a"], "it is everybody's"
     assert generate(model) == answers[None]
 
 
@@ -347,7 +359,7 @@ def test_scope_prompt_is_refused_where_nobody_knows_the_prompt(model, patches, p
                 model(tokens[:, -1:])
             with handle.marking(torch.tensor([[True] * 5, [True] * 2 + [False] * 3])):
                 logits = model(PROMPTS).logits
-                with pytest.raises(RunError, match="handle.marking"):
+                with pytest.raises(RunError, match=r"marked in \[2, 5\] positions, and this forward pass has \[2, 3\]"):
                     model(PROMPTS[:, :3])
             with pytest.raises(RunError, match="does not say how much it has read"):
                 model.generate(PROMPTS, guidance_scale=2.0, **GREEDY)
@@ -497,15 +509,23 @@ def _assert(condition):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("first", ["itself", "another model"])
 @pytest.mark.parametrize("options", [{}, {"max_batch": 4, "capacity": 400}])
-@pytest.mark.parametrize("how", ["model", "forward"])
-def test_what_was_compiled_before_attach_sees_the_patches(patches, how, options):
-    model = tiny_llama()
+@pytest.mark.parametrize("how", ["model", "forward", "fullgraph"])
+def test_what_was_compiled_before_attach_sees_the_patches(patches, how, options, first):
+    """Its own code, or that of another model of its class, which torch.compile takes for the same."""
+    model, other = tiny_llama(), tiny_llama(seed=7)
     plain = references(model, patches)
-    call = torch.compile(model, backend="eager") if how == "model" else model
-    if how == "forward":
-        model.forward = torch.compile(model.forward, backend="eager")
-    call(PROMPTS)
+    torch._dynamo.reset()
+
+    def compiled(m):
+        if how == "model":
+            return torch.compile(m, backend="eager")
+        m.forward = torch.compile(m.forward, backend="eager", fullgraph=how == "fullgraph" and bool(options))
+        return m
+
+    call, other = compiled(model), compiled(other)
+    (call if first == "itself" else other)(PROMPTS)
     for _ in range(2):  # and a second handle after a first
         with attach(model, **options) as handle:
             handle.load(patches["a"], "a")
@@ -624,6 +644,65 @@ def test_hooks_of_others_see_the_patch_s_rows(model):
         m.lm_head.register_forward_hook(lambda module, args, output: output * 3)
     with attach(model) as handle, handle.using(handle.load(patch)):
         assert torch.allclose(model(PROMPTS).logits, reference(PROMPTS).logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_block_that_ends_in_another_thread_leaves_nothing_there(model, handle, plain):
+    def block():
+        with handle.using("b"):
+            yield
+
+    with ThreadPoolExecutor(1) as pool:
+        with handle.using("a"):
+            left = block()
+            next(left)
+            pool.submit(left.close).result()
+            assert NO_CHOICE in str(pool.submit(model, PROMPTS).exception())
+        assert torch.equal(pool.submit(in_inference, model).result(), plain[None](PROMPTS).logits)
+
+
+def in_inference(model):
+    with torch.no_grad():
+        return model(PROMPTS).logits
+
+
+def test_a_block_is_no_decorator(handle):
+    with pytest.raises(RunError, match="decorate it with `handle.bind"):
+        handle.using("a")(generate)
+    block = handle.using("a")
+    with block, pytest.raises(RunError, match="is open already"), block:
+        pass
+
+
+@torch.no_grad()
+def test_generators_that_are_left_in_a_block_on_purpose(model, handle, answers):
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def under_no_grad():
+        with handle.using("a"):
+            yield
+
+    def inner():
+        with handle.using("a"):
+            yield
+
+    @contextlib.contextmanager
+    def delegating():
+        yield from inner()
+
+    for context in (under_no_grad, delegating, handle.bind("a")(lambda: handle.using("a"))):
+        with context():
+            assert generate(model) == answers["a"]
+
+    def echo():
+        sent = None
+        while True:
+            sent = yield sent, generate(model)
+
+    bound = handle.bind("a")(echo)()
+    assert next(bound) == (None, answers["a"])
+    assert bound.send(7) == (7, answers["a"])
+    bound.close()
 
 
 def test_calls_that_would_be_taken_for_others(model, handle, plain):

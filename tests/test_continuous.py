@@ -122,6 +122,16 @@ def test_a_patch_in_one_call(model, served):
     _, plain = served
     found = model.generate_batch([LONG, LONG], GENERATION, continuous_batching_config=batching(), patch=["b", None])
     assert tokens(found) == [alone(plain["b"], LONG), alone(plain[None], LONG)]
+    manager = model.init_continuous_batching(generation_config=GENERATION, continuous_batching_config=batching())
+    manager.start()
+    asked = {manager.add_request(LONG, max_new_tokens=10, patch="a"): "a"}
+    asked |= zip(manager.add_requests([LONG, LONG], max_new_tokens=10, patch=["b", None]), ["b", None], strict=True)
+    with pytest.raises(RunError, match="2 patches were chosen for 1 prompts"):
+        manager.add_requests([LONG], patch=["b", None])
+    for _ in range(3):
+        result = manager.get_result(timeout=20)
+        assert result.generated_tokens == alone(plain[asked[result.request_id]], LONG)
+    manager.stop()
 
 
 def test_padded_batches(model, served):

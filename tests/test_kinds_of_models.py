@@ -46,6 +46,31 @@ def test_a_batch_that_is_looked_up_by_columns():
                 assert torch.equal(model(ids).logits, overwritten(model, patch)(ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["longformer", "xlm"])
+def test_lookups_of_more_or_fewer_columns(kind):
+    """Longformer fills its windows up, XLM looks up what is new: the rows are the batch's."""
+    if kind == "longformer":
+        model = build(kind, transformers.AutoModelForMaskedLM, **ATTENTION, attention_window=8, pad_token_id=1)
+        ids = PROMPTS
+    else:
+        model = build(kind, transformers.AutoModelForCausalLM, emb_dim=32,
+                      n_layers=2, n_heads=4, pad_index=1, mask_index=0, causal=True)  # fmt: skip
+        ids = PROMPTS
+    patch, choices = some_patch(model, 1, IDS), ["a", None, "a"]
+    plain = {"a": overwritten(model, patch), None: copy.deepcopy(model)}
+    with attach(model) as handle:
+        handle.load(patch, "a")
+        with handle.using(choices):
+            found = model(ids).logits
+            if kind == "xlm":
+                tokens = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=1)
+        for row, choice in enumerate(choices):
+            assert torch.equal(found[row], plain[choice](ids).logits[row])
+            if kind == "xlm":
+                expected = plain[choice].generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=1)
+                assert torch.equal(tokens[row], expected[row])
+
+
 @pytest.mark.parametrize("rows", [2, 3])
 def test_a_head_that_sees_more_than_rows_and_columns(rows):
     """ProphetNet predicts two streams: [B, 2, T, d]."""

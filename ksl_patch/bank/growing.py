@@ -156,6 +156,8 @@ class PatchBank:
                 rows, hidden_size, 1 + capacity // 2, lines, 1 + capacity // 8, dtype, self.device
             )
         self._free_rows = list(reversed(range(rows)))
+        if evict and budget is None:
+            raise BankError("evict=True moves patches out of a budget: give one, budget=BYTES.")
         if budget is not None and capacity and self._counted(self._sizes) > budget:
             raise BankError(
                 f"a capacity of {capacity:,} rows takes {self._counted(self._sizes):,} bytes, more than the budget of "
@@ -465,9 +467,14 @@ class PatchBank:
                 f"the bank has no room for {room.rows} more rows, and its tensors cannot move since a CUDA graph has "
                 "captured them: reserve more with capacity before it is captured."
             )
+        held = sum(slot.holds > 0 for slot in self._slots.values())
         raise BankError(
             f"the bank's budget of {self.budget:,} bytes has no room for {room.rows} more rows beside "
-            f"{len(self)} patches ({self.nbytes:,} bytes): remove some, raise the budget, or let it evict."
+            + (
+                f"the {held} patches in use: raise the budget, or choose fewer at once."
+                if self.evict
+                else f"{len(self)} patches ({self.nbytes:,} bytes): remove some, raise the budget, or let it evict."
+            )
         )
 
     def _check_together(self, numbers: list[int]) -> None:

@@ -53,15 +53,19 @@ class Seen:
     embedding: bool = False
     head: bool = False
 
-    def check_order(self, token_ids: torch.Tensor) -> None:
-        """Raise RunError unless a lookup sees the forward's own token ids, in their order."""
+    def check_order(self, token_ids: torch.Tensor, *, columns: bool) -> None:
+        """Raise RunError unless the rows of a lookup are those of the forward, and its columns where they count.
+
+        Some models add columns or look up a part of them; XLNet turns the batch around, which a square one hides.
+        """
         given = self.token_ids
         if given is None or given is token_ids:
             return
         batch, length = given.shape
-        same = token_ids.shape == given.shape
-        # A square batch may have been transposed.
-        if not same or (batch == length > 1 and not torch.equal(token_ids, given.to(token_ids))):
+        same = token_ids.shape == given.shape if columns else len(token_ids) == batch
+        if same and token_ids.shape == (length, batch) and batch > 1:
+            same = torch.equal(token_ids, given.to(token_ids))
+        if not same:
             raise RunError(
                 f"this model looks up token ids {list(token_ids.shape)} where it was given {[batch, length]}, so it is "
                 "not known which row or column is whose: choose one patch of scope 'all' for the whole batch."
@@ -117,6 +121,11 @@ class Choice:
         needed = kwargs.get("encoder_outputs") is None  # else the decoder may have a table of its own
         return dataclasses.replace(self, seen=Seen(token_ids, before, needed))
 
+    def check_count(self, prompts: int) -> None:
+        """Raise RunError unless the entries are for so many prompts."""
+        if not self.is_single and len(self.slots) != prompts:
+            raise RunError(f"{len(self.slots)} patches were chosen for {prompts} prompts: give an entry for each.")
+
     def rows(self, slots: torch.Tensor, batch: int) -> torch.Tensor:
         """The slot of each batch row, [B, 1] or [1, 1]."""
         if not self.is_single:
@@ -134,7 +143,7 @@ class Choice:
         batch, length = token_ids.shape
         seen = self.seen
         if seen is not None:
-            seen.check_order(token_ids)
+            seen.check_order(token_ids, columns=self.after is not None)
         slots = self.rows(self.slots, batch)
         if self.after is None:
             return slots
@@ -146,6 +155,11 @@ class Choice:
             return torch.where(column < self.prompt.columns, slots, after)
         if self.mask is not None and self.mask.shape == token_ids.shape:
             return torch.where(self.mask, slots, after)
+        if self.mask is not None:
+            raise RunError(
+                f"the prompt was marked in {list(self.mask.shape)} positions, and this forward pass has "
+                f"{[batch, length]}: mark it for each forward pass."
+            )
         raise RunError(
             "a patch of scope 'prompt' acts in `generate` and `generate_batch`, which know where the prompt ends: this "
             "forward pass does not. Say which positions are the prompt's with `handle.marking(mask)`."
@@ -200,7 +214,8 @@ class StaticChoice:
     """
 
     def __init__(self, max_batch: int, device: torch.device) -> None:
-        self.slots = torch.zeros(max_batch, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):
+            self.slots = torch.zeros(max_batch, dtype=torch.int64, device=device)
         self.entries = 0
         self.fits = [True] * (max_batch + 1)
 

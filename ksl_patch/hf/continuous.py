@@ -71,10 +71,7 @@ class ContinuousBatching:
         choice = handle.chosen_here()
         if choice is None:
             return generate(inputs, *args, **kwargs)
-        if not choice.is_single and len(choice.slots) != len(inputs):
-            raise RunError(
-                f"{len(choice.slots)} patches were chosen for {len(inputs)} prompts: give an entry for each."
-            )
+        choice.check_count(len(inputs))
         turn = Turn()
         with handle.chosen(replace(choice, turn=turn)):
             results = generate(inputs, *args, **kwargs)
@@ -209,7 +206,7 @@ class _Requests:
         self._lock = threading.Lock()
         self._entry: ContextVar[tuple[Choice | None, int] | None] = ContextVar("ksl_patch_entry", default=None)
         self._processors: weakref.WeakKeyDictionary[Any, _Processor] = weakref.WeakKeyDictionary()
-        for name in ("add_request", "start", "destroy", "_create_batch_processor"):
+        for name in ("add_request", "add_requests", "start", "destroy", "_create_batch_processor"):
             method = getattr(self, f"_{name.strip('_')}")
             setattr(manager, name, functools.partial(method, getattr(manager, name), weakref.proxy(manager)))
         # The state that `add_request` makes passes through this queue, still in the thread of the caller.
@@ -220,7 +217,10 @@ class _Requests:
         return self._stream
 
     def _add_request(self, add: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
-        """An entry of a choice is this request's, whatever becomes of it."""
+        """An entry of a choice is this request's, whatever becomes of it. `patch=` chooses for this request alone."""
+        if "patch" in kwargs:
+            with self.handle.using(kwargs.pop("patch")):
+                return self._add_request(add, manager, *args, **kwargs)
         choice = self.handle.chosen_here()
         slot = 0
         if choice is not None:
@@ -240,6 +240,15 @@ class _Requests:
             raise
         finally:
             self._entry.reset(here)
+
+    def _add_requests(self, add: Callable[..., Any], manager: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if "patch" in kwargs:
+            with self.handle.using(kwargs.pop("patch")):
+                return self._add_requests(add, manager, inputs, *args, **kwargs)
+        choice = self.handle.chosen_here()
+        if choice is not None:
+            choice.check_count(len(inputs))
+        return add(inputs, *args, **kwargs)
 
     def _put(self, put: Callable[..., None], state: Any, *args: Any, **kwargs: Any) -> None:
         choice, slot = self._entry.get() or (self.handle.chosen_here(), 0)

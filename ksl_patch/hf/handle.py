@@ -10,10 +10,11 @@ import dataclasses
 import functools
 import gc
 import inspect
+import io
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -36,7 +37,6 @@ from ksl_patch.store.local import load
 
 Names = str | Sequence[str | None] | None
 F = TypeVar("F", bound=Callable[..., Any])
-_NO_ASYNC_GENERATORS = "an asynchronous generator cannot be bound: open `using` around each of its steps."
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,11 @@ class PatchHandle:
             for name, method in (("generate", self._generate), ("_expand_inputs_for_generation", self._expand)):
                 wiring.wrap(name, method)
             self._continuous = ContinuousBatching(self, self._model, wiring)
+            for lookup in table.lookups:
+                wiring.own_class(lookup.module)
+            if table.head is not None:
+                wiring.own_class(table.head)
             wiring.copy_without()
-            _forget_compiled()
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -208,15 +211,18 @@ class PatchHandle:
             self.bank.remove(self._find(name).slot)
             del self._loaded[name]
 
-    @contextmanager
-    def using(self, names: Names) -> Iterator[None]:
+    def using(self, names: Names) -> AbstractContextManager[None]:
         """A `with` block in which the model answers with patches: one name for all rows, or an entry for each.
 
         None is the base. A list has one entry for each prompt that `generate` or `generate_batch` gets, or for each
         row of a forward call. The block is this thread's, or this task's: see `bind` for others. Raises RunError for
         an unknown name, before anything is computed, and in whatever still runs when the block has ended.
         """
-        with self._opened(lambda: self._slots(names), opener=_generator_that_opens()) as choice, self.chosen(choice):
+        return _Using(lambda opener: self._opened_here(names, opener))
+
+    @contextmanager
+    def _opened_here(self, names: Names, opener: FrameType | None = None) -> Iterator[None]:
+        with self._opened(lambda: self._slots(names), opener) as choice, self.chosen(choice):
             yield
 
     @contextmanager
@@ -232,24 +238,22 @@ class PatchHandle:
 
         So `Thread(target=handle.bind("es")(model.generate), kwargs=...)` answers in Spanish, and so does every step of
         a generator, iterator or coroutine that the function returns. Each call is a block of its own, and so is what
-        it returns to be run later. Also a decorator. Raises RunError for an unknown name, at once and when the call
-        begins, and for asynchronous generators.
+        it returns to be run later. A name is looked up anew in each call. Also a decorator. Raises RunError for an
+        unknown name, at once and when a call begins.
         """
         with self._lock:
             self._slots(names)
 
         def decorate(function: Any) -> Any:
-            if inspect.isasyncgenfunction(function):
-                raise RunError(_NO_ASYNC_GENERATORS)
-
             def bound(*args: Any, **kwargs: Any) -> Any:
                 with self.using(names):
                     result = function(*args, **kwargs)
-                if inspect.isasyncgen(result):
-                    raise RunError(_NO_ASYNC_GENERATORS)
+                if isinstance(result, AsyncGenerator):
+                    return self._async_steps(names, result)
                 if inspect.iscoroutine(result):
                     return self._awaited(names, result)
-                return self._steps(names, result) if isinstance(result, Iterator) else result
+                is_lazy = isinstance(result, Iterator) and not isinstance(result, io.IOBase)
+                return self._steps(names, result) if is_lazy else result
 
             async def bound_task(*args: Any, **kwargs: Any) -> Any:
                 return await bound(*args, **kwargs)
@@ -267,12 +271,13 @@ class PatchHandle:
     def marking(self, mask: torch.Tensor) -> Iterator[None]:
         """A `with` block that says which positions of forward passes are the prompt's, for patches of scope "prompt".
 
-        mask: bool [B, T], for forward passes of that shape. `generate` needs none. Raises RunError outside `using`.
+        mask: bool [B, T], True where the prompt is, for forward passes of that shape. `generate` needs none. Raises
+        RunError outside `using`.
         """
         choice = self._choice()
         if not isinstance(choice, Choice):
             raise RunError("a prompt is marked inside a `using` block.")
-        with self.chosen(dataclasses.replace(choice, mask=mask.to(self._table.device))):
+        with self.chosen(dataclasses.replace(choice, mask=mask.to(self._table.device, torch.bool))):
             yield
 
     def merge(self, name: str) -> None:
@@ -320,7 +325,7 @@ class PatchHandle:
             if (
                 weight is not self._weight
                 or (merged.tied is not None and (head is None or head.weight is not merged.head_weight))
-                or not torch.equal(weight.detach()[merged.token_ids], merged.merged_rows)
+                or not any(torch.equal(weight.detach()[merged.token_ids], r) for r in (merged.merged_rows, merged.rows))
             ):
                 raise RunError(
                     f"the model's table was changed while {merged.name} was merged, so the patch cannot be taken out: "
@@ -371,7 +376,7 @@ class PatchHandle:
             yield
         finally:
             now = self.current.get()
-            if now is None or choice is None or now.block is choice.block:
+            if now is not None and choice is not None and now.block is choice.block:
                 is_over = before is not None and not before.block.is_open
                 self.current.set(None if is_over else before)
 
@@ -425,7 +430,8 @@ class PatchHandle:
                 self._static.fill(choice)
             yield choice
             if not single and 0 < choice.turn.taken < len(slots):
-                raise RunError(f"{len(slots)} patches were chosen and {choice.turn.taken} requests made of them.")
+                made = f"{choice.turn.taken} requests made of them: give an entry for each."
+                raise RunError(f"{len(slots)} patches were chosen and {made}")
 
     def _choice_of(self, slots: list[int], single: bool, opener: FrameType | None = None) -> Choice:
         device = self._table.device
@@ -438,6 +444,8 @@ class PatchHandle:
     def _choice(self) -> Choice | Packed | None:
         """The choice that holds here, None for the base where nobody chose."""
         choice = self.current.get()
+        if self._merged is not None:
+            return None  # which everybody is answered with
         if choice is not None:
             choice.block.check()
         elif self._strict:
@@ -454,14 +462,27 @@ class PatchHandle:
         with self._opened(lambda: self._slots(names)) as choice, ExitStack() as stack:
             if hasattr(generator, "close"):
                 stack.callback(generator.close)
-            steps = iter(generator)
+            steps, sent = iter(generator), None
             while True:
                 with self.chosen(choice):
                     try:
-                        item = next(steps)
+                        item = next(steps) if sent is None else steps.send(sent)
                     except StopIteration as end:
                         return end.value
-                yield item
+                sent = yield item
+
+    async def _async_steps(self, names: Names, generator: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
+        with self._opened(lambda: self._slots(names)) as choice:
+            try:
+                while True:
+                    with self.chosen(choice):
+                        try:
+                            item = await anext(generator)
+                        except StopAsyncIteration:
+                            return
+                    yield item
+            finally:
+                await generator.aclose()
 
     def _find(self, name: str) -> _Loaded:
         loaded = self._loaded.get(name)
@@ -475,7 +496,10 @@ class PatchHandle:
 
     def _nothing_runs(self, what: str) -> None:
         if self._blocks:
-            raise RunError(f"{what} while {len(self._blocks)} batches are being served.")
+            raise RunError(
+                f"{what} while a `using` block or a bound generator is open ({len(self._blocks)} in all): end it, or "
+                "close the generator."
+            )
         if self.requests:
             raise RunError(
                 f"{what} while {len(self.requests)} requests of continuous batching wait or run: stop their manager, "
@@ -537,11 +561,12 @@ class PatchHandle:
             assert isinstance(choice, Choice)
             names = ("inputs", "input_ids", getattr(self._model, "main_input_name", "input_ids"))
             given = next((kwargs[k] for k in names if kwargs.get(k) is not None), args[0] if args else None)
-            if not isinstance(given, torch.Tensor) or kwargs.get("inputs_embeds") is not None:
+            if kwargs.get("inputs_embeds") is not None:
                 raise RunError("patches act on token ids: call generate with input_ids, not with inputs_embeds.")
-            batch, columns = given.shape[0], given.shape[1]
-            if not choice.is_single and len(choice.slots) != batch:
-                raise RunError(f"{len(choice.slots)} patches were chosen for {batch} prompts: give one entry for each.")
+            columns = 1  # of what `generate` begins with by itself
+            if isinstance(given, torch.Tensor):
+                choice.check_count(given.shape[0])
+                columns = given.shape[1]
             with self.chosen(dataclasses.replace(choice, prompt=Prompt(columns))), ExitStack() as stack:
                 if self._static is not None:
                     stack.callback(self._static.fill, choice)
@@ -681,27 +706,45 @@ def _state(weight: torch.Tensor | None) -> tuple[Any, ...]:
     return weight.dtype, weight.device, weight.data_ptr(), None if weight.is_inference() else weight._version
 
 
-def _forget_compiled() -> None:
-    """Let torch.compile look at its models again: what it compiled before does not see new hooks."""
-    if torch._dynamo.utils.counters["frames"]:
-        torch._dynamo.reset()
+class _Using:
+    """A `using` block, which is opened where it is entered, and is no decorator: `bind` is."""
+
+    def __init__(self, open_block: Callable[[FrameType | None], AbstractContextManager[None]]) -> None:
+        self._open_block = open_block
+        self._block: AbstractContextManager[None] | None = None
+
+    def __enter__(self) -> None:
+        if self._block is not None:
+            raise RunError("this `using` block is open already: make another one.")
+        block = self._open_block(_generator_that_opens(sys._getframe(1)))
+        block.__enter__()
+        self._block = block
+
+    def __exit__(self, *error: Any) -> None:
+        block, self._block = self._block, None
+        assert block is not None
+        block.__exit__(*error)
+
+    def __call__(self, function: Any) -> Any:
+        raise RunError("`using` opens a block: to choose for a function, decorate it with `handle.bind(names)`.")
 
 
-def _generator_that_opens() -> FrameType | None:
+def _generator_that_opens(frame: FrameType | None) -> FrameType | None:
     """The frame of the generator that opens a `using` block, where it may be left in the middle of it.
 
     A generator behind `contextmanager`, or a fixture, is left on purpose: its block is its caller's.
     """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        caller = frame.f_back
-        if frame.f_globals.get("__name__", "").partition(".")[0] != "contextlib":
-            if not frame.f_code.co_flags & inspect.CO_GENERATOR:
-                return None
-            by = "" if caller is None else caller.f_globals.get("__name__", "").partition(".")[0]
-            if by not in ("contextlib", "_pytest"):
-                return frame
-            if by == "_pytest":
-                return None
-        frame = caller
-    return None
+    while frame is not None and _package(frame) == "contextlib":  # an ExitStack
+        frame = frame.f_back
+    opener = frame
+    while frame is not None and frame.f_code.co_flags & inspect.CO_GENERATOR:
+        frame = frame.f_back
+        while frame is not None and _package(frame) == "torch":  # a generator under `torch.no_grad`
+            frame = frame.f_back
+        if frame is None or _package(frame) in ("contextlib", "_pytest"):
+            return None
+    return None if frame is opener else opener
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ class Wiring:
         self._hooked: dict[int, nn.Module] = {id(model): model}
         self._ids: set[int] = set()
         self._before: dict[tuple[int, str], Any] = {}  # by module and attribute
+        self._classes: dict[type, type] = {}
 
     @contextmanager
     def undone_on_error(self) -> Iterator[Wiring]:
@@ -60,6 +62,19 @@ class Wiring:
         if original is not None:
             self.set(self._model, name, functools.wraps(original)(functools.partial(method, original)))
 
+    def own_class(self, module: nn.Module) -> None:
+        """Give a module a class of its own, which is its class in all else.
+
+        torch.compile does not look at hooks again. It does at classes, so that neither what it compiled before nor
+        what it compiled of another model is taken for this one.
+        """
+        kind = type(module)
+        module.__class__ = type(
+            kind.__name__, (kind,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        )
+        self._classes[module.__class__] = kind
+        self._undo.callback(setattr, module, "__class__", kind)
+
     def copy_without(self) -> None:
         """Let `copy.deepcopy`, `pickle` and `torch.save` take the hooked modules as they are without the wiring."""
         for module in self._hooked.values():
@@ -68,6 +83,9 @@ class Wiring:
     def _reduce(self, module: nn.Module, protocol: Any) -> Any:
         reduced: Any = type(module).__reduce_ex__(module, protocol)
         make, arguments, state, *more = reduced
+        kind = self._classes.get(type(module))
+        if kind is not None:
+            make, arguments = copyreg._reconstructor, (kind, object, None)  # type: ignore[attr-defined]
         state = dict(state)
         for (owner, name), before in self._before.items():
             if owner == id(module):
