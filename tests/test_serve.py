@@ -347,12 +347,14 @@ def test_two_hundred_requests_over_fifty_patches_while_they_come_and_go(server, 
     try:
         with ThreadPoolExecutor(40) as pool:
             right = list(pool.map(ask, range(200)))
+            while sum(code in (200, 201) for _, code in changes) < 5:  # a slow machine
+                right += pool.map(ask, range(40))
+                assert len(right) < 2000, changes
     finally:
         done.set()
         changer.join()
     assert all(right)
     assert {code for _, code in changes} <= {200, 201, 404, 409}
-    assert sum(code in (200, 201) for _, code in changes) >= 5
     for name in [entry["name"] for entry in server.http("GET", "/v1/patches").json()["data"]]:
         if name.startswith(("n", "moving")):
             assert server.http("DELETE", f"/v1/patches/{name}?wait=30").status_code == 200
