@@ -439,6 +439,8 @@ class PatchBank:
 
     def _fits(self, room: _Room, gone: _Gone | None = None) -> bool:
         """Whether a slot of this room fits once others have gone: as the tensors are, grown, or compacted."""
+        if self.budget is None and self._fixed_width is None:
+            return True
         wanted = self._wanted(room, gone)
         if self._fixed_width is not None:
             return wanted.within(self._sizes)
