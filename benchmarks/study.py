@@ -18,6 +18,7 @@ import numpy as np
 import scipy.stats
 from machine import console, machine
 
+from ksl_patch.certify import at_least
 from ksl_patch.evidence import METRICS, Certificate, Evaluation, SystemScores, read, with_interval, write
 from ksl_patch.patch import TemplateMeta, write_atomically
 from ksl_patch.store.card import markdown_table
@@ -275,7 +276,7 @@ def tables(results: dict) -> dict[str, str]:
             (
                 f"{language_name(language)}, {mode}",
                 f"{c.exact} of {c.pairs}",
-                *(f"{bound.share:.0%}, at least {bound.lower:.0%}" for bound in (c.next_token, c.continuation)),
+                *(f"{bound.share:.0%}, at least {at_least(bound.lower)}" for bound in (c.next_token, c.continuation)),
                 f"{c.margin.certified} of {c.margin.examples}",
                 c.margin.violations,
             )

@@ -104,10 +104,15 @@ def ks_margin(
     )
 
 
+def at_least(bound: float) -> str:
+    """A lower bound of a share in words, rounded down to a tenth of a percent: never more than it is."""
+    return f"{math.floor(1000 * bound) / 10:.1f}%"
+
+
 def statements(certificate: Certificate) -> list[tuple[str, str, str]]:
     """What a certificate says in words: the statement, what was found, and its assumptions."""
     c, m = certificate, certificate.margin
-    level = f"at least {{:.1%}} with confidence {1 - c.delta:.0%}"
+    level = f"at least {{}} with confidence {100 * (1 - c.delta):.10g}%"
     return [
         (
             "Exact: bit-equal on the whole input",
@@ -116,12 +121,12 @@ def statements(certificate: Certificate) -> list[tuple[str, str, str]]:
         ),
         (
             "Same greedy next token",
-            f"{c.next_token.agreements} of {c.next_token.examples}; {level.format(c.next_token.lower)}",
+            f"{c.next_token.agreements} of {c.next_token.examples}; {level.format(at_least(c.next_token.lower))}",
             ASSUMPTIONS["statistical"],
         ),
         (
             f"Same greedy output, up to {c.max_new_tokens} tokens",
-            f"{c.continuation.agreements} of {c.continuation.examples}; {level.format(c.continuation.lower)}",
+            f"{c.continuation.agreements} of {c.continuation.examples}; {level.format(at_least(c.continuation.lower))}",
             "As above.",
         ),
         (

@@ -9,9 +9,18 @@ from conftest import PAIRS, run_cli
 from scipy.stats import binom
 
 from ksl_patch import Patch
-from ksl_patch.certify import ASSUMPTIONS, critical_distance, differing_tokens, exact, ks_margin, lower_bound
+from ksl_patch.certify import (
+    ASSUMPTIONS,
+    at_least,
+    critical_distance,
+    differing_tokens,
+    exact,
+    ks_margin,
+    lower_bound,
+    statements,
+)
 from ksl_patch.errors import RunError
-from ksl_patch.evidence import Certificate, read
+from ksl_patch.evidence import Certificate, Margin, read
 
 
 @pytest.mark.parametrize("n", [20, 64, 300])
@@ -186,3 +195,21 @@ def test_what_cannot_be_certified_says_why(built, base_folder, pairs_file, tmp_p
     run_cli("sign", frequent, "--key", tmp_path / "key")
     code, _, err = run_cli("certify", frequent)
     assert (code, "is signed" in err) == (2, True)
+
+
+def test_a_bound_is_never_said_to_be_more_than_it_is():
+    assert [at_least(bound) for bound in (0.24549, 0.00080, 0.9999, 0.5, 0.0)] == [
+        "24.5%",
+        "0.0%",
+        "99.9%",
+        "50.0%",
+        "0.0%",
+    ]
+    certificate = Certificate(
+        pairs=64, data_digest="ab" * 32, delta=0.001, max_new_tokens=8, exact=0,
+        next_token=lower_bound(25, 64, 0.001), continuation=lower_bound(1, 64, 0.001),
+        margin=Margin(alpha=0.05, tau=0.1, certified=0, violations=0, outside=0, examples=64),
+    )  # fmt: skip
+    said = [found for _, found, _ in statements(certificate)]
+    assert all("with confidence 99.9%" in each for each in said[1:3])
+    assert f"at least {at_least(certificate.next_token.lower)} " in said[1]

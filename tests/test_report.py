@@ -12,7 +12,7 @@ import torch
 from conftest import run_cli
 
 from ksl_patch import Patch
-from ksl_patch.certify import ks_margin, lower_bound
+from ksl_patch.certify import at_least, ks_margin, lower_bound
 from ksl_patch.errors import PatchError
 from ksl_patch.evidence import Certificate, Evaluation, Figure, Sample, SystemScores, write
 from ksl_patch.patch import Origin, TemplateMeta, TicketMeta
@@ -114,7 +114,7 @@ def test_the_page_says_what_the_patch_is_and_what_was_measured(model):
         patch.digest, patch.meta.base.fingerprint, "8 of 400, 32 values each", "CC-BY-4.0", "ks (p < 0.05)",
         "4.700 → 4.000", "most frequent rows", "random change, same norms", "-0.800 to -0.600",
         "Peace be upon you.", "La paz sea.", "مرحبا بالعالم", "3 of 64 inputs", "A heuristic after KS-Lottery",
-        f"at least {lower_bound(50, 64, 0.05).lower:.1%} with confidence 95%",
+        f"at least {at_least(lower_bound(50, 64, 0.05).lower)} with confidence 95%",
         "nrefs:1|case:mixed", "BLEU is over 13a's words.", "Say {source}:",
     ):  # fmt: skip
         assert part in text, part
