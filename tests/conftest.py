@@ -16,6 +16,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ksl_patch import attach
 from ksl_patch.cli import main
 
 transformers.utils.logging.disable_progress_bar()
@@ -93,6 +94,31 @@ def tiny_llama(tied=True, seed=0, dtype=torch.float32, hidden_size=32, vocab_siz
 @pytest.fixture
 def model():
     return tiny_llama()
+
+
+@pytest.fixture
+def patches(model):
+    from test_attach import IDS
+    from test_hf import some_patch
+
+    return {"a": some_patch(model, 1, IDS), "b": some_patch(model, 2, IDS)}
+
+
+@pytest.fixture
+def plain(model, patches):
+    """Models of the same name whose table was overwritten by hand; None is the base."""
+    from test_attach import references
+
+    return references(model, patches)
+
+
+@pytest.fixture
+def handle(model, patches, plain):
+    """The two patches on the model."""
+    with attach(model) as handle:
+        for name, patch in patches.items():
+            handle.load(patch, name)
+        yield handle
 
 
 @pytest.fixture(scope="session")

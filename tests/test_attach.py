@@ -26,25 +26,6 @@ PROMPTS = torch.tensor([[5, 9, 300, 17, 40], [17, 17, 5, 251, 9]])
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 1}
 
 
-@pytest.fixture
-def patches(model):
-    return {"a": some_patch(model, 1, IDS), "b": some_patch(model, 2, IDS)}
-
-
-@pytest.fixture
-def plain(model, patches):
-    """Models of the same name whose table was overwritten by hand; None is the base."""
-    return references(model, patches)
-
-
-@pytest.fixture
-def handle(model, patches, plain):
-    with attach(model) as handle:
-        for name, patch in patches.items():
-            handle.load(patch, name)
-        yield handle
-
-
 def references(model, patches):
     return {None: copy.deepcopy(model)} | {name: overwritten(model, patch) for name, patch in patches.items()}
 

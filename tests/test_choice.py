@@ -24,24 +24,6 @@ NO_CHOICE = "no patch was chosen in this thread or task"
 
 
 @pytest.fixture
-def patches(model):
-    return {"a": some_patch(model, 1, IDS), "b": some_patch(model, 2, IDS)}
-
-
-@pytest.fixture
-def plain(model, patches):
-    return references(model, patches)
-
-
-@pytest.fixture
-def handle(model, patches, plain):
-    with attach(model) as handle:
-        for name, patch in patches.items():
-            handle.load(patch, name)
-        yield handle
-
-
-@pytest.fixture
 def answers(plain):
     """What each patch, and the base, answers."""
     return {name: m.generate(PROMPTS, **GREEDY).tolist() for name, m in plain.items()}

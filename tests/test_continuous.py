@@ -518,6 +518,13 @@ def test_a_merge_is_refused_while_requests_wait_that_chose(model, served):
         handle.unmerge()
 
 
+def test_a_merged_patch_is_everybody_s_in_continuous_batching_too(model, served):
+    handle, plain = served
+    handle.merge("a")
+    found = model.generate_batch([LONG, [5, 9]], GENERATION, continuous_batching_config=batching())
+    assert tokens(found) == [alone(plain["a"], LONG), alone(plain["a"], [5, 9])]
+
+
 def test_a_second_manager_does_not_run_beside_a_first(model, served):
     handle, plain = served
     first, second = (

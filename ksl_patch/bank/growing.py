@@ -149,20 +149,17 @@ class PatchBank:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._ready: torch.cuda.Event | None = None
         self._readers: set[torch.cuda.Stream] = set()
-        rows = max(1, capacity)
-        lines = 1 + (capacity // output_width) * (1 << (output_width - 1).bit_length()) if output_width else 1
-        with self._writing():
-            self.tensors = BankTensors.empty(
-                rows, hidden_size, 1 + capacity // 2, lines, 1 + capacity // 8, dtype, self.device
-            )
-        self._free_rows = list(reversed(range(rows)))
         if evict and budget is None:
             raise BankError("evict=True moves patches out of a budget: give one, budget=BYTES.")
-        if budget is not None and capacity and self._counted(self._sizes) > budget:
+        heads = capacity // output_width if output_width else 0
+        sizes = _Room(max(1, capacity), 1 + capacity // 2, 1 + heads * _run_length(output_width))
+        if capacity and not self._affords(sizes):
             raise BankError(
-                f"a capacity of {capacity:,} rows takes {self._counted(self._sizes):,} bytes, more than the budget of "
+                f"a capacity of {capacity:,} rows takes {self._counted(sizes):,} bytes, more than the budget of "
                 f"{budget:,}: reserve less, or raise the budget."
             )
+        self.tensors = self._fresh(sizes, 1 + capacity // 8)
+        self._free_rows = list(reversed(range(sizes.rows)))
 
     def __len__(self) -> int:
         """Patches in the bank, evicted ones included."""
@@ -354,9 +351,7 @@ class PatchBank:
         if patch.output_rows is not None:
             rows = torch.cat([rows, patch.output_rows.detach().to(rows)])
         hashed = hash_ids(ids)
-        # Runs have a power of two as length, so that a freed one suits others.
-        outputs = 1 << (len(ids) - 1).bit_length() if patch.output else 0
-        room = _Room(len(rows), hashed[0], outputs)
+        room = _Room(len(rows), hashed[0], _run_length(len(ids)) if patch.output else 0)
         return _Slot(ids, patch.output, patch.output_rows is not None, patch.prompt_only, hashed, room), rows
 
     def _add(self, slot: _Slot, rows: torch.Tensor) -> int:
@@ -635,6 +630,11 @@ class PatchBank:
 def _present(slot: _Slot) -> np.ndarray:
     assert slot.bank_rows is not None
     return slot.bank_rows
+
+
+def _run_length(count: int) -> int:
+    """Lines that are taken for so many: a power of two, so that a freed run suits others."""
+    return 1 << (count - 1).bit_length()
 
 
 def _larger(a: _Room, b: _Room) -> _Room:

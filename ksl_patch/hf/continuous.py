@@ -64,17 +64,14 @@ class ContinuousBatching:
 
     def _generate_batch(self, generate: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """`generate_batch`, with the choice that is open or `patch=`: a name, None, or an entry for each."""
-        handle = self._handle
-        if "patch" in kwargs:
-            with handle.using(kwargs.pop("patch")):
-                return self._generate_batch(generate, inputs, *args, **kwargs)
-        choice = handle.chosen_here()
-        if choice is None:
-            return generate(inputs, *args, **kwargs)
-        choice.check_count(len(inputs))
-        turn = Turn()
-        with handle.chosen(replace(choice, turn=turn)):
-            results = generate(inputs, *args, **kwargs)
+        handle, turn = self._handle, Turn()
+        with handle.for_call(kwargs):
+            choice = handle.chosen_here()
+            if choice is None:
+                return generate(inputs, *args, **kwargs)
+            choice.check_count(len(inputs))
+            with handle.chosen(replace(choice, turn=turn)):
+                results = generate(inputs, *args, **kwargs)
         if turn.error is not None:  # which transformers logs, and goes on without the request
             raise turn.error
         return results
@@ -218,9 +215,10 @@ class _Requests:
 
     def _add_request(self, add: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
         """An entry of a choice is this request's, whatever becomes of it. `patch=` chooses for this request alone."""
-        if "patch" in kwargs:
-            with self.handle.using(kwargs.pop("patch")):
-                return self._add_request(add, manager, *args, **kwargs)
+        with self.handle.for_call(kwargs):
+            return self._added(add, *args, **kwargs)
+
+    def _added(self, add: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         choice = self.handle.chosen_here()
         slot = 0
         if choice is not None:
@@ -242,13 +240,11 @@ class _Requests:
             self._entry.reset(here)
 
     def _add_requests(self, add: Callable[..., Any], manager: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if "patch" in kwargs:
-            with self.handle.using(kwargs.pop("patch")):
-                return self._add_requests(add, manager, inputs, *args, **kwargs)
-        choice = self.handle.chosen_here()
-        if choice is not None:
-            choice.check_count(len(inputs))
-        return add(inputs, *args, **kwargs)
+        with self.handle.for_call(kwargs):
+            choice = self.handle.chosen_here()
+            if choice is not None:
+                choice.check_count(len(inputs))
+            return add(inputs, *args, **kwargs)
 
     def _put(self, put: Callable[..., None], state: Any, *args: Any, **kwargs: Any) -> None:
         choice, slot = self._entry.get() or (self.handle.chosen_here(), 0)

@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType, SimpleNamespace
@@ -363,6 +363,10 @@ class PatchHandle:
         assert not isinstance(choice, Packed)
         return choice
 
+    def for_call(self, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        """The `using` block of one call that was given `patch=`, which is taken out of its arguments."""
+        return self.using(kwargs.pop("patch")) if "patch" in kwargs else nullcontext()
+
     def packed(self, positions: torch.Tensor, kept: torch.Tensor | None, width: int) -> AbstractContextManager[None]:
         """A `with` block for a packed batch: the slot of each position, int64 [1, T]; the head sees `kept` of them."""
         return self.chosen(Packed(Block(), positions, width, kept))
@@ -550,12 +554,9 @@ class PatchHandle:
         """`generate`, with the choice that is open or, in one call, `patch=`: a name, None, or an entry for each."""
         if not self.is_attached:  # something still has this method
             return generate(*args, **kwargs)
-        if "patch" in kwargs:
-            with self.using(kwargs.pop("patch")):
-                return self._generate(generate, *args, **kwargs)
-        choice = self._choice()
-        self._continuous.check_alone()
-        with self._counted_running():
+        with self.for_call(kwargs), self._counted_running():
+            choice = self._choice()
+            self._continuous.check_alone()
             if choice is None:
                 return generate(*args, **kwargs)
             assert isinstance(choice, Choice)
@@ -600,11 +601,11 @@ class PatchHandle:
             )
         if "patch" in kwargs:
             raise RunError("`patch=` is for `generate` and `generate_batch`: call the model inside `using`.")
-        choice = self.current.get()
-        if type(kwargs.get("cache")).__name__ == "PagedAttentionCache" and not isinstance(choice, Packed):
+        is_packed = isinstance(self.current.get(), Packed)  # also while a patch is merged, when nothing is chosen
+        if type(kwargs.get("cache")).__name__ == "PagedAttentionCache" and not is_packed:
             raise RunError("this manager of continuous batching was made before `attach`: make another one.")
         choice = self._choice()
-        if not isinstance(choice, Packed):
+        if not is_packed:
             self._continuous.check_alone()
         if choice is None:
             return

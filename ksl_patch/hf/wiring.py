@@ -24,7 +24,7 @@ class Wiring:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._undo = ExitStack()
-        self._hooked: dict[int, nn.Module] = {id(model): model}
+        self._hooked: dict[int, nn.Module] = {}
         self._ids: set[int] = set()
         self._before: dict[tuple[int, str], Any] = {}  # by module and attribute
         self._classes: dict[type, type] = {}
