@@ -17,6 +17,7 @@ from torch import nn
 from ksl_patch.errors import BaseMismatchError
 
 _FINGERPRINT_ROWS = 256
+_BODY_VALUES = 256  # of each weight
 # Rounding float32 to bfloat16 changes a value by at most 2^-9 of itself; float16 is closer.
 _ROUNDING = 2.0**-8
 
@@ -39,6 +40,8 @@ class BaseIdentity:
     fingerprint: sha256 over the table's shape, dtype and evenly spaced rows (`fingerprint`).
     dtype: of the table as stored, by torch's name, such as "bfloat16".
     tokenizer_digest: sha256 of the vocabulary (`tokenizer_digest`), None when no tokenizer was given.
+    body: sha256 over samples of the other weights (`body_digest`), None where they could not be read. The same rows on
+    another body are another model: its patch works there, and what was measured of it need not hold.
     """
 
     model_id: str | None
@@ -49,6 +52,7 @@ class BaseIdentity:
     dtype: str
     tied: bool
     tokenizer_digest: str | None
+    body: str | None = None
 
 
 @dataclass(frozen=True)
@@ -247,7 +251,64 @@ def identify(model: Any, tokenizer: Any = None) -> BaseIdentity:
         dtype=dtype_name(table.dtype),
         tied=table.tied,
         tokenizer_digest=None if tokenizer is None else tokenizer_digest(tokenizer),
+        body=body_digest(model),
     )
+
+
+@torch.no_grad()
+def body_digest(model: Any) -> str | None:
+    """sha256 over every weight but the table: its name, its shape and up to 256 evenly spaced values, as float32.
+
+    The digest of float16 and bfloat16 weights is that of the same weights loaded in float32. A merged adapter or a
+    fine-tune changes nearly all of what is sampled. None where weights are offloaded or sharded.
+    """
+    table = getattr(innermost(model.get_input_embeddings()), "weight", None)
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters(), key=lambda named: named[0]):
+        if weight is table:
+            continue
+        if weight.device.type == "meta" or type(weight).__name__ == "DTensor":
+            return None
+        sample = torch.linspace(0, weight.numel() - 1, min(_BODY_VALUES, weight.numel()), dtype=torch.float64).long()
+        try:
+            values = weight.detach().reshape(-1)[sample.to(weight.device)].cpu()
+        except (RuntimeError, NotImplementedError, TypeError):  # a quantised tensor of a class of its own
+            return None
+        digest.update(f"{name} {list(weight.shape)}\n".encode())
+        digest.update(tensor_bytes(values.float() if values.is_floating_point() else values))
+    return digest.hexdigest()
+
+
+def has_other_body(identity: BaseIdentity, model: Any, body: str | None = None) -> bool:
+    """Whether a model with a patch's table has other weights behind it than the patch was made with.
+
+    False where that cannot be told: weights in a coarser dtype than the patch's base, quantised, offloaded, or with
+    PEFT's adapters on them. body: the model's `body_digest`, where it is at hand.
+    """
+    adapters = _peft_layers()[0] if "peft" in sys.modules else ()
+    if identity.body is None or any(isinstance(module, adapters) for module in model.modules()):
+        return False
+    if not all(dtype_name(p.dtype) in (identity.dtype, "float32") for p in model.parameters()):
+        return False
+    body = body or body_digest(model)
+    return body is not None and body != identity.body
+
+
+def model_digest(model: Any, tokenizer: Any) -> str:
+    """sha256 over what decides a model's outputs: table, body, configuration, ends of a generation, vocabulary.
+
+    Every row of the table counts, unlike in `fingerprint`. It names what was computed, in a run folder; values cast to
+    another dtype are another model.
+    """
+    config = model.config.to_dict()
+    generation = getattr(model.generation_config, "eos_token_id", None)
+    for label in ("_name_or_path", "transformers_version", "_commit_hash"):
+        config.pop(label, None)
+    bits = row_bits(find_embedding(model).weight.detach()).sum(dim=1, dtype=torch.int64)
+    digest = hashlib.sha256(tensor_bytes(bits))
+    digest.update(json.dumps([body_digest(model), generation, tokenizer_digest(tokenizer)]).encode())
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def fingerprint(weight: torch.Tensor) -> str:

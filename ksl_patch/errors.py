@@ -31,3 +31,7 @@ class DataError(KslPatchError):
 
 class RunError(KslPatchError):
     """A build or a generation cannot be started or continued with what it was given."""
+
+
+class OtherBodyWarning(UserWarning):
+    """A patch is on a model that has its base's embedding and other weights behind it."""

@@ -38,13 +38,30 @@ SYSTEMS = {
     "noise": "random change, same norms",
 }
 CONTROLS = ("frequency", "l2", "random", "noise")
+# What a p-value of a ticket is.
+P_RANKS = (
+    "ranks the rows and is no calibrated probability: values before and after are paired, and the test takes them to "
+    "be independent"
+)
+PARTS = {"dev": "dev", "held-out": "held-out", "given": "test"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A difference of two systems on the same pairs, and its paired bootstrap interval over them."""
+
+    value: Number
+    low: Number
+    high: Number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One metric of one system: its mean over training seeds, and how far it is from the base.
+    """One metric of one system with the patch's own training seed, and how far it is from the base and the patch.
 
-    low, high: the paired bootstrap interval of the difference; None for the base itself.
+    low, high: the paired bootstrap interval of the difference from the base, over held-out pairs: it says nothing of
+    other trainings. patch_minus: the patch's value minus this one. Both are None for what has none, the base or the
+    patch itself. per_seed: the values with every training seed, this one first.
     """
 
     value: Number
@@ -52,6 +69,7 @@ class Figure:
     low: Number | None = None
     high: Number | None = None
     per_seed: list[Number] = field(default_factory=list)
+    patch_minus: Difference | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +104,12 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Figures on held-out pairs. A build writes the first four fields, `ksl-patch eval` all of them.
+    """Figures on pairs that trained nothing. A build writes the loss on its dev pairs, `ksl-patch eval` everything.
 
     data_digest: of the pairs. loss_base, loss_patch: per target token, in nats.
     signatures: sacrebleu's, by metric. notes: what a reader must know to read the figures.
+    part: "dev" for the pairs that choices are made on, "held-out" for the others that the build set aside, "given" for
+    another file's. documents: how many the intervals resample; None where pairs have none, and sentences are resampled.
     """
 
     pairs: int
@@ -103,6 +123,13 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     systems: list[SystemScores] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    part: str | None = None
+    documents: int | None = None
+
+    @property
+    def what(self) -> str:
+        """The pairs in words, such as "64 held-out pairs"."""
+        return f"{self.pairs} {PARTS.get(self.part or '', 'held-out')} pairs"
 
     @property
     def ordered(self) -> list[SystemScores]:
@@ -141,7 +168,7 @@ class Margin:
 class Certificate:
     """The three certificates of a patch against the fully tuned embedding; see `certify.py` for their assumptions.
 
-    exact: inputs whose every token has the same row in both tables.
+    exact: inputs whose every token has the same row in both tables. part, notes: as in `Evaluation`.
     """
 
     pairs: int
@@ -152,6 +179,13 @@ class Certificate:
     next_token: Bound
     continuation: Bound
     margin: Margin
+    part: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def what(self) -> str:
+        """The pairs in words, such as "64 held-out pairs"."""
+        return f"{self.pairs} {PARTS.get(self.part or '', 'held-out')} pairs"
 
 
 T = TypeVar("T", Evaluation, Certificate, SystemScores)
@@ -195,3 +229,23 @@ def with_interval(metric: str, figure: Figure | None) -> str:
         return ""
     between = interval(metric, figure)
     return show(metric, figure.value) + (f" ({between})" if between else "")
+
+
+def against(metric: str, figure: Figure | None) -> str:
+    """The patch's value minus this system's, and its interval in brackets; empty where there is none."""
+    if figure is None or figure.patch_minus is None:
+        return ""
+    value, low, high = (signed(metric, x) for x in vars(figure.patch_minus).values())
+    return f"{value} ({low} to {high})"
+
+
+def of_seeds(metric: str, figure: Figure | None) -> str:
+    """The smallest and largest value over training seeds; empty where there is one."""
+    if figure is None or len(figure.per_seed) < 2:
+        return ""
+    return f"{show(metric, min(figure.per_seed))} to {show(metric, max(figure.per_seed))}"
+
+
+def signed(metric: str, value: float) -> str:
+    """A difference in a metric's format, with its sign."""
+    return format(value, f"+{METRICS[metric][1]}")

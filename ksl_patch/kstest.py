@@ -22,7 +22,8 @@ class KSResult:
     """The test's outcome for every row of a [V, d] table.
 
     statistic: float64 [V], D = sup |F_before - F_after|, a multiple of 1/d.
-    pvalue: float64 [V], exact and two-sided.
+    pvalue: float64 [V], exact and two-sided for independent samples. Values before and after a training are paired, so
+    it ranks rows and is no calibrated probability: the less a row changed, the more it is too large.
     hidden_size: d, the number of values in a row (the size of both samples).
     """
 

@@ -101,8 +101,12 @@ class Overlay:
 
 
 class TrainedRows(nn.Module):
-    """The rows of one patch while they are trained, in float32 [k, d]."""
+    """The rows of one patch while they are trained, in float32 [k, d].
 
+    where: bool [B, T], the positions at which they act in the forward pass that comes; None for all.
+    """
+
+    where: torch.Tensor | None = None
     rows: nn.Parameter
     index: torch.Tensor
     token_ids: torch.Tensor
@@ -121,7 +125,10 @@ class TrainedRows(nn.Module):
         self, token_ids: torch.Tensor, embeddings: torch.Tensor, scale: torch.Tensor | float | None = None
     ) -> torch.Tensor:
         """token_ids [B, T], embeddings [B, T, d] -> [B, T, d] with the trained rows, times the scale, in place."""
-        return replace_rows(embeddings, self.index[token_ids], self.rows, scale)
+        position = self.index[token_ids]
+        if self.where is not None:
+            position = position.where(self.where, -1)
+        return replace_rows(embeddings, position, self.rows, scale)
 
     def correct(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """hidden [B, T, d], logits [B, T, V] -> logits with those of the patched tokens from the trained rows."""
@@ -133,7 +140,8 @@ class TrainedRows(nn.Module):
 def training(model: Any, patch: SlotRows) -> Iterator[TrainedRows]:
     """The model with trainable rows over its embedding (and head) for the length of a `with` block.
 
-    They are a submodule of the model, so that optimisers, devices and checkpoints see them.
+    They are a submodule of the model, so that optimisers, devices and checkpoints see them. Rows of scope "prompt" act
+    where the labels of a forward pass are -100, which are its prompt's positions.
     """
     table = find_embedding(model)
     trained = TrainedRows(table, patch)
@@ -147,6 +155,12 @@ def training(model: Any, patch: SlotRows) -> Iterator[TrainedRows]:
     if patch.output:
         assert table.head is not None
         hooks.append(table.head.register_forward_hook(lambda _, args, output: trained.correct(args[0], output)))
+    if patch.prompt_only:
+
+        def mark(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            trained.where = kwargs["labels"] == -100
+
+        hooks.append(model.register_forward_pre_hook(mark, with_kwargs=True))
     try:
         yield trained
     finally:

@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import tempfile
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,11 +32,12 @@ from ksl_patch.base import (
     check_base,
     dtype_name,
     find_embedding,
+    has_other_body,
     identify,
     tensor_bytes,
     tokenizer_digest,
 )
-from ksl_patch.errors import PatchError
+from ksl_patch.errors import OtherBodyWarning, PatchError
 
 FORMAT_VERSION = 1
 _MAX_HEADER = 16 * 2**20  # parsed JSON takes many times its text in memory
@@ -44,6 +46,8 @@ Scope = Literal["all", "prompt"]
 
 _ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_MAX_FIELDS = 16
 # RFC 5646: language, script, region, variants, extensions and private use; well-formed, not registered.
 _LANGUAGE = re.compile(
     r"[A-Za-z]{2,8}(-[A-Za-z]{4})?(-([A-Za-z]{2}|\d{3}))?(-([A-Za-z0-9]{5,8}|\d[A-Za-z0-9]{3}))*"
@@ -53,23 +57,43 @@ _LANGUAGE = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateMeta:
-    """The prompt a patch was trained with. `text` holds `{source}` once; what follows it is the answer.
+    """The prompt a patch was trained with. `text` holds `{source}` once; the answer follows the text.
 
     chat: the text is a rendered chat template, so it brings its own special tokens and none are added.
+    fields: what else is filled in, such as "context" for `{context}`; other braces are only text.
+    end_token_id: what ends an answer, where it is not the tokenizer's own end of sequence: a chat's end of a turn.
     """
 
     text: str
     chat: bool
+    fields: list[str] | None = None
+    end_token_id: int | None = None
 
-    def render(self, source: str) -> str:
-        """The prompt for one source sentence."""
-        before, after = self.text.split("{source}")
-        return before + source + after
+    def pieces(self) -> list[str]:
+        """The text and, at every odd place, the name of what is filled in between: "source" or a field."""
+        names = "|".join(map(re.escape, ["source", *(self.fields or ())]))
+        return re.split(rf"\{{({names})\}}", self.text)
+
+    def render(self, source: str, **fields: str) -> str:
+        """The prompt for one source sentence and the template's fields. Raises PatchError when one is missing."""
+        missing = [name for name in self.fields or () if name not in fields]
+        if missing:
+            raise PatchError(f"the prompt template needs {', '.join(map(repr, missing))} beside the sentence.")
+        values = {**fields, "source": source}
+        return "".join(values[piece] if i % 2 else piece for i, piece in enumerate(self.pieces()))
 
     def matches(self, prompt: str) -> bool:
         """Whether a prompt could have come from this template."""
-        before, after = self.text.split("{source}")
-        return len(prompt) >= len(before) + len(after) and prompt.startswith(before) and prompt.endswith(after)
+        first, *between, last = self.pieces()[::2]
+        if not prompt.startswith(first) or not prompt.endswith(last):
+            return False
+        at, end = len(first), len(prompt) - len(last)
+        for text in between:
+            at = prompt.find(text, at, end)
+            if at < 0:
+                return False
+            at += len(text)
+        return at <= end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +122,10 @@ class TicketMeta:
 class TrainingMeta:
     """How the rows were trained; embed_ is the embedding tuning before the test.
 
-    embedding_scale: standard deviation of the table's values; a learning rate divided by it is relative.
+    batch_size: pairs in a step, over all processes. pairs: how many there were to train on; pairs_read and
+    embed_pairs_read: how many of them a step read. embedding_scale: standard deviation of the table's values; a
+    learning rate divided by it is relative. hyperparameters: all others, by transformers' names for them.
+    sources: hashes of the sentences that were read, in base64 (`train/data.py`), so that tests can be kept apart.
     """
 
     mode: str
@@ -112,6 +139,18 @@ class TrainingMeta:
     embed_steps: int
     embed_lr: float
     embedding_scale: float
+    pairs_read: int | None = None
+    embed_pairs_read: int | None = None
+    processes: int | None = None
+    hyperparameters: dict[str, float | str | bool] | None = None
+    sources: str | None = None
+
+    @property
+    def read(self) -> str:
+        """What the rows' own tuning read, such as "800 of 1,900 pairs (100 steps x 8)"."""
+        steps, read = (self.steps, self.pairs_read) if self.steps else (self.embed_steps, self.embed_pairs_read)
+        of = f"{self.pairs:,} pairs" if read is None else f"{read:,} of {self.pairs:,} pairs"
+        return f"{of} ({steps:,} steps x {self.batch_size})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +183,14 @@ class PatchMeta:
     licence: str | None
     created: str | None
     origin: list[Origin] | None = None
+
+
+# Fields that came later: a file without them has the bytes, and the checksum, that it always had.
+_LATER = {
+    "base": ("body",),
+    "template": ("fields", "end_token_id"),
+    "training": ("pairs_read", "embed_pairs_read", "processes", "hyperparameters", "sources"),
+}
 
 
 class _FileMeta(msgspec.Struct, forbid_unknown_fields=True):
@@ -244,9 +291,23 @@ class Patch:
         return replace(self, meta=replace(self.meta, **changes))
 
     def check(self, model: Any, tokenizer: Any = None) -> None:
-        """Raise BaseMismatchError unless `model` (and `tokenizer`) is the base of this patch."""
+        """Raise BaseMismatchError unless `model` (and `tokenizer`) is the base of this patch.
+
+        Warns with OtherBodyWarning when the table is the base's and other weights are not.
+        """
         vocabulary = None if tokenizer is None else tokenizer_digest(tokenizer)
         self.check_table(find_embedding(model), vocabulary)
+        self.check_body(model)
+
+    def check_body(self, model: Any, body: str | None = None) -> None:
+        """Warn with OtherBodyWarning when the model has other weights behind its table than the patch was made with."""
+        if has_other_body(self.meta.base, model, body):
+            warnings.warn(
+                f"{self.meta.name} was made for another model with the same embedding (a fine-tune, or one with merged "
+                "adapters): it works on this one, but what was measured of it need not hold here.",
+                OtherBodyWarning,
+                stacklevel=3,
+            )
 
     def check_table(self, table: EmbeddingTable, vocabulary: str | None = None) -> None:
         """The same for a model's table and its tokenizer's digest, where they are at hand."""
@@ -260,13 +321,15 @@ class Patch:
         ticket, training, evaluation, certificate, licence, date and the base's labels.
         """
         meta = self.meta
-        served = {
+        served: dict[str, Any] = {
             "content": "ksl_patch 1",
             "base": [meta.base.fingerprint, meta.base.vocab_size, meta.base.hidden_size, meta.base.tokenizer_digest],
             "side": meta.side,
             "scope": meta.scope,
             "template": None if meta.template is None else [meta.template.text, meta.template.chat],
         }
+        if meta.template is not None and meta.template.fields:
+            served["fields"] = meta.template.fields
         digest = hashlib.sha256(json.dumps(served, sort_keys=True).encode())
         for key, tensor in self._tensors().items():
             digest.update(f"\n{key} {dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
@@ -281,9 +344,8 @@ class Patch:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file atomically: a crash leaves the old file or the new one. Same patch, same bytes."""
         path = Path(path)
-        meta = msgspec.json.encode(
-            _FileMeta(format_version=FORMAT_VERSION, checksum=self._checksum(), meta=self.meta), order="deterministic"
-        )
+        content = {"format_version": FORMAT_VERSION, "checksum": self._checksum(), "meta": _as_written(self.meta)}
+        meta = msgspec.json.encode(content, order="deterministic")
         # safetensors refuses tensors that share memory, and writes several metadata keys in a random order.
         tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in self._tensors().items()}
         content = safetensors.torch.save(tensors, metadata={"ksl_patch": meta.decode()})
@@ -347,8 +409,17 @@ class Patch:
 
     def _checksum(self) -> str:
         """sha256 over the whole content, description included: finds a damaged file."""
-        meta = msgspec.json.encode(self.meta, order="deterministic")
+        meta = msgspec.json.encode(_as_written(self.meta), order="deterministic")
         return hashlib.sha256(self.digest.encode() + b"\n" + meta).hexdigest()
+
+
+def _as_written(meta: PatchMeta) -> dict[str, Any]:
+    """The metadata as a file holds it."""
+    fields: dict[str, Any] = msgspec.to_builtins(meta)
+    for name, later in _LATER.items():
+        if fields[name] is not None:
+            fields[name] = {key: value for key, value in fields[name].items() if key not in later or value is not None}
+    return fields
 
 
 def token_text(tokenizer: Any, token_id: int) -> str:
@@ -486,8 +557,14 @@ def _check_meta(patch: Patch) -> None:
         raise PatchError("side 'input+output' is for bases whose head is tied to the embedding; this base's is not.")
     if patch.output_rows is not None and meta.side != "input+output":
         raise PatchError("output_rows need side 'input+output', but the side is 'input'.")
-    if meta.template is not None and meta.template.text.count("{source}") != 1:
-        raise PatchError("the template must contain '{source}' exactly once.")
+    if meta.template is not None:
+        fields = meta.template.fields or []
+        if meta.template.text.count("{source}") != 1:
+            raise PatchError("the template must contain '{source}' exactly once.")
+        if len(fields) > _MAX_FIELDS or any(not _FIELD.fullmatch(name) or name == "source" for name in fields):
+            raise PatchError(
+                "the template's fields must be few names of letters, digits and '_', and none is 'source'."
+            )
     if meta.tokens is not None and len(meta.tokens) != k:
         raise PatchError(f"the metadata has the text of {len(meta.tokens)} tokens for {k} token ids.")
     if meta.scope == "prompt" and meta.side != "input":

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
 
 from ksl_patch.errors import TicketError
 from ksl_patch.kstest import KSResult, critical_statistic
 
-Selection = Literal["ks", "frequency", "random", "l2"]
+Selection = Literal["ks", "frequency", "random", "l2", "given"]
 DEFAULT_CAP = 1024
 
 
@@ -22,7 +22,8 @@ DEFAULT_CAP = 1024
 class Ticket:
     """Selected token ids in ascending order, int64 [k].
 
-    selection: "ks" for a ticket by the test, "all" for every row that was trained, else the control that chose them.
+    selection: "ks" for a ticket by the test, "all" for every row that was trained, "given" for rows named by hand, else
+    the control that chose them.
     statistic, pvalue: the test's outcome for each, float64 [k]; None for a control, which needs no test.
     """
 
@@ -71,24 +72,52 @@ def ks_ticket(
 
 
 def frequency_ticket(counts: np.ndarray, k: int) -> Ticket:
-    """Control: the k token ids seen most often in training. counts: integers [V]."""
+    """Control: the k token ids read most often in training. counts: integers [V]."""
     order = np.argsort(-counts, kind="stable")
     return Ticket(np.sort(order[: _enough(counts, k)]), "frequency", top_k=k)
 
 
 def random_ticket(counts: np.ndarray, k: int, seed: int) -> Ticket:
-    """Control: k token ids drawn without replacement among those seen in training. counts: integers [V]."""
+    """Control: k token ids drawn without replacement among those that training read. counts: integers [V]."""
     seen = np.flatnonzero(counts)
     ids = np.random.default_rng(seed).choice(seen, _enough(counts, k), replace=False)
     return Ticket(np.sort(ids), "random", top_k=k)
 
 
-def l2_ticket(before: torch.Tensor, after: torch.Tensor, k: int) -> Ticket:
-    """Control: the k rows that moved farthest in Euclidean distance. before, after: [V, d] on the CPU."""
-    distance = torch.linalg.vector_norm(after.float() - before.float(), dim=1).numpy()
+def l2_ticket(token_ids: np.ndarray, distance: np.ndarray, k: int) -> Ticket:
+    """Control: the k rows that moved farthest in Euclidean distance. token_ids: int64 [n], distance: float [n]."""
     if np.count_nonzero(distance) < k:
         raise TicketError(f"{k} rows were asked for, but only {np.count_nonzero(distance)} changed in training.")
-    return Ticket(np.sort(np.argsort(-distance, kind="stable")[:k]), "l2", top_k=k)
+    return Ticket(np.sort(token_ids[np.argsort(-distance, kind="stable")[:k]]), "l2", top_k=k)
+
+
+def given_ticket(tokens: Sequence[str | int], tokenizer: Any, vocab_size: int) -> Ticket:
+    """Rows named by hand: ids, names in the vocabulary such as "<bos>", or texts that are one token, such as "\\n".
+
+    Raises TicketError for a text that is none or several tokens, and for an id without a row.
+    """
+    ids = []
+    for token in tokens:
+        found = [token] if isinstance(token, int) else _one_token(token, tokenizer)
+        if len(found) != 1:
+            parts = ", ".join(repr(tokenizer.decode([i])) for i in found)
+            raise TicketError(f"{token!r} is {len(found)} tokens of this base ({parts}): name one token, or its id.")
+        if not 0 <= found[0] < vocab_size:
+            raise TicketError(f"token {found[0]} has no row: the table has the ids 0 to {vocab_size - 1}.")
+        ids += found
+    return Ticket(np.unique(np.array(ids, dtype=np.int64)), "given")
+
+
+def _one_token(text: str, tokenizer: Any) -> list[int]:
+    """The ids of a text: one where the vocabulary has it by name, or by what it decodes to."""
+    vocabulary = tokenizer.get_vocab()
+    if text in vocabulary:
+        return [vocabulary[text]]
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) == 1 and tokenizer.decode(ids) == text:
+        return ids
+    same = [i for i in sorted(vocabulary.values()) if tokenizer.decode([i]) == text]  # a tokenizer that adds a space
+    return same[:1] or ids
 
 
 def detectable_change(statistic: float) -> float:
@@ -130,5 +159,5 @@ def _why_empty(result: KSResult, alpha: float | None) -> str:
 def _enough(counts: np.ndarray, k: int) -> int:
     seen = int(np.count_nonzero(counts))
     if seen < k:
-        raise TicketError(f"{k} rows were asked for, but only {seen} different tokens occur in training.")
+        raise TicketError(f"{k} rows were asked for, but training read only {seen} different tokens.")
     return k

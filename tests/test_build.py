@@ -19,7 +19,7 @@ from ksl_patch.train.evaluate import token_loss
 from ksl_patch.train.progress import SilentReporter
 
 # d is 32: only large changes are significant, so the learning rates are large.
-FAST = {"embed_steps": 20, "embed_lr": 2.0, "steps": 20, "lr": 0.3, "checkpoint_every": 4, "held_out": 16}
+FAST = {"embed_steps": 20, "embed_lr": 2.0, "steps": 20, "lr": 0.3, "checkpoint_every": 4, "dev": 16, "held_out": 16}
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_build_gives_a_patch_of_the_rows_that_the_test_selected(config, tmp_pa
     model.lm_head.weight = torch.nn.Parameter(head)
     model.get_input_embeddings().weight.data[patch.token_ids] = patch.rows
     made.model = model
-    assert token_loss(model, made.held_out.examples) == pytest.approx(evaluation["loss_patch"], rel=1e-5)
+    assert token_loss(model, made.dev.examples) == pytest.approx(evaluation["loss_patch"], rel=1e-5)
     assert patch.meta.training.lr == pytest.approx(0.3 * float(before.std()))
 
 

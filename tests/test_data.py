@@ -10,6 +10,7 @@ from ksl_patch.errors import DataError, KslPatchError
 from ksl_patch.patch import TemplateMeta
 from ksl_patch.train.data import (
     IGNORED,
+    Columns,
     Example,
     Pair,
     collate,
@@ -37,11 +38,11 @@ def test_jsonl_tsv_and_dataset_give_the_same_pairs(tmp_path):
 
 def test_other_columns_and_translation_dicts(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"en": "a", "es": "b", "more": 1}\n')
-    assert read_pairs(str(tmp_path / "p.jsonl"), columns=("en", "es")) == [Pair("a", "b")]
+    assert read_pairs(str(tmp_path / "p.jsonl"), Columns("en", "es")) == [Pair("a", "b")]
     folder = tmp_path / "opus"
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"id": "0", "translation": {"en": "a", "es": "b"}}\n')
-    assert read_pairs(str(folder), columns=("en", "es")) == [Pair("a", "b")]
+    assert read_pairs(str(folder), Columns("en", "es")) == [Pair("a", "b")]
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,7 @@ def test_split_holds_out_sources_that_training_never_sees():
     assert len(split.held_out) == 20
     assert len(split.train) == len(PAIRS) - 20
     assert split.duplicates == len(PAIRS) + 1
+    assert split.dev == []
     assert not {p.source for p in split.train} & {p.source for p in split.held_out}
     limited = split_pairs(pairs, held_out=20, seed=1, limit=5)
     assert limited.held_out == split.held_out

@@ -96,7 +96,7 @@ def test_the_interval_of_a_mean_is_that_of_scipy_s_bootstrap():
     assert (loss.low, loss.high) == pytest.approx(tuple(reference), abs=0.08)
 
 
-FAST = {"embed_steps": 20, "embed_lr": 2.0, "steps": 20, "lr": 0.3, "held_out": 16, "alpha": None, "top_k": 8}
+FAST = {"embed_steps": 20, "embed_lr": 2.0, "steps": 20, "lr": 0.3, "dev": 16, "held_out": 16, "alpha": None, "top_k": 8}
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ksl_patch.cli.options import columns_option
+
+
+def named_rows(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str | int, ...]:
+    """`--rows`: an integer is an id, a JSON text or list is read, anything else is a text with backslash escapes."""
+    found: list[str | int] = []
+    for value in values:
+        read: Any = None
+        if value[:1] in ("[", '"'):
+            with suppress(ValueError):
+                read = json.loads(value)
+        if isinstance(read, list) and all(type(each) in (str, int) for each in read):
+            found += read
+        elif isinstance(read, str):
+            found.append(read)
+        elif value.isdecimal():
+            found.append(int(value))
+        else:
+            found.append(value.replace("\\n", "\n").replace("\\t", "\t"))
+    if "" in found:
+        raise click.UsageError("a --rows is empty.")
+    return tuple(found)
 
 
 @click.command(context_settings={"show_default": True})
@@ -22,6 +43,11 @@ from ksl_patch.cli.options import columns_option
     help="Sentence pairs: .jsonl, .tsv, or a Hugging Face dataset id[:config[:split]].",
 )
 @columns_option("Names of the two columns of the pairs.")
+@click.option(
+    "--group",
+    metavar="COLUMN",
+    help="Column with the document of a pair; documents are held out whole.  [default: none]",
+)
 @click.option("--language", required=True, metavar="L", help="Target language, a BCP 47 tag such as sw or pt-BR.")
 @click.option("--source-language", default="en", metavar="L", help="Language of the source sentences.")
 @click.option(
@@ -35,8 +61,12 @@ from ksl_patch.cli.options import columns_option
 @click.option("--force", is_flag=True, help="Replace an existing patch.")
 @click.option("--name", metavar="NAME", help="Name of the patch; by default the output file's.")
 @click.option(
-    "--template", default="plain", metavar="T", help="plain, chat (the base's chat template), or a text with {source}."
+    "--template",
+    default="plain",
+    metavar="T",
+    help="plain, chat (the base's chat template), or a text with {source}, and {NAME} for other columns of the pairs.",
 )
+@click.option("--system", metavar="TEXT", help="System prompt of the chat template; it may have {NAME} too.")
 @click.option(
     "--selection",
     type=click.Choice(["ks", "frequency", "l2", "random"]),
@@ -44,9 +74,18 @@ from ksl_patch.cli.options import columns_option
     help="How the rows are chosen; the last three need --top-k.",
 )
 @click.option(
+    "--rows",
+    multiple=True,
+    metavar="TOKEN",
+    callback=named_rows,
+    help="Take this row, whatever a test says: an id, a name such as '<bos>', a text such as '\\n' or '\",\"', or a "
+    "JSON list of them. Give it several times for several rows.",
+)
+@click.option(
     "--alpha",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Ticket: rows whose KS test has p < alpha.  [default: 0.05 without --top-k]",
+    help="Ticket: rows whose KS test has p < alpha; p ranks rows and is no calibrated probability.  [default: 0.05 "
+    "without --top-k]",
 )
 @click.option("--top-k", type=click.IntRange(1), metavar="K", help="Ticket: at most the K rows of largest D.")
 @click.option(
@@ -61,12 +100,24 @@ from ksl_patch.cli.options import columns_option
     default="input",
     help="Patch the embedding only, or the tied head's rows too.",
 )
+@click.option(
+    "--scope",
+    type=click.Choice(["all", "prompt"]),
+    default="all",
+    help="Where the rows act, in training and when served: everywhere, or in the prompt alone.",
+)
 @click.option("--embed-steps", type=click.IntRange(1), default=100, help="Steps of the embedding tuning.")
 @click.option(
     "--embed-lr",
     type=click.FloatRange(0, min_open=True),
     default=0.15,
     help="Its learning rate, in standard deviations of the table's values.",
+)
+@click.option(
+    "--damp-rare/--no-damp-rare",
+    default=True,
+    help="Let a row that few pairs touch move less in it, by a large epsilon of Adam. It decides how frequent the "
+    "tokens of a ticket are: see docs/experiments.md.",
 )
 @click.option("--steps", type=click.IntRange(1), default=100, help="Steps of the partial tuning.")
 @click.option(
@@ -80,9 +131,13 @@ from ksl_patch.cli.options import columns_option
     "--data-seed",
     type=click.IntRange(0, 2**32 - 1),
     metavar="SEED",
-    help="Seed of the split into training and held-out pairs.  [default: --seed]",
+    default=0,
+    help="Seed of the split into training, dev and held-out pairs.",
 )
-@click.option("--held-out", type=click.IntRange(0), default=64, help="Pairs kept from training to measure the loss on.")
+@click.option("--dev", type=click.IntRange(0), default=64, help="Pairs kept from training to compare builds on.")
+@click.option(
+    "--held-out", type=click.IntRange(0), default=64, help="Pairs kept from training and choices, for eval's figures."
+)
 @click.option("--max-pairs", type=click.IntRange(1), help="Train on at most this many pairs.")
 @click.option("--max-length", type=click.IntRange(8), default=256, help="Leave out pairs of more tokens than this.")
 @click.option(
@@ -113,6 +168,11 @@ def build(output: Path, force: bool, run: Path | None, as_json: bool, **options:
         raise click.UsageError(
             f"--selection {options['selection']} needs --top-k: nothing else says how many rows to take."
         )
+    if options["rows"]:
+        others = [name for name in ("alpha", "top_k") if options[name] is not None]
+        if others or options["selection"] != "ks":
+            other = others[0].replace("_", "-") if others else "selection"
+            raise click.UsageError(f"--rows names the rows, and --{other} chooses them: give one of the two.")
     if options["alpha"] is None and options["top_k"] is None:
         options["alpha"] = 0.05
     options["name"] = options["name"] or output.stem

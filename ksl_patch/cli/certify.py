@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 )
 @evidence_options
 def certify(
-    reference: str, delta: float, alpha: float | None, max_new_tokens: int, output: Path | None, as_json: bool,
+    reference: str, delta: float, alpha: float | None, max_new_tokens: int | None, output: Path | None, as_json: bool,
     **options: Any,
 ) -> None:  # fmt: skip
     """Compare a patch with the fully tuned embedding of its build, on held-out pairs.
@@ -40,11 +40,12 @@ def certify(
     beside what was measured. The result goes into the patch's metadata.
     """
     with subject(reference, output=output, needs_build=True, **options) as it:
-        from ksl_patch.evidence import write
+        from ksl_patch.evidence import Certificate, read, write
         from ksl_patch.train.agreement import certify as compare
 
         assert it.build is not None
         ticket = it.patch.meta.ticket
+        replaced = it.check_replaces(read(Certificate, it.patch.meta.certificate) if output is None else None)
         result = compare(
             it.build,
             it.patch,
@@ -52,7 +53,8 @@ def certify(
             alpha=alpha or (ticket and ticket.alpha) or 0.05,
             delta=delta,
             max_new_tokens=max_new_tokens,
-            cache=it.cache,
+            part=it.part,
+            uses=it.count_use(),
         )
         it.save(certificate=write(result))
     if as_json:
@@ -62,8 +64,10 @@ def certify(
 
     console = Console(width=None if Console().is_terminal else 120)
     console.print(table(result))
+    for note in result.notes:
+        console.print(f"Note: {note}", markup=False, highlight=False)
     if it.target is not None:
-        click.echo(f"Wrote the certificate into {it.target}.")
+        click.echo(f"Wrote the certificate into {it.target}. {replaced}".rstrip())
 
 
 def table(certificate: Certificate) -> Table:
@@ -74,7 +78,7 @@ def table(certificate: Certificate) -> Table:
     from ksl_patch.certify import statements
 
     result = Table(
-        title=f"Against the tuned embedding, on {certificate.pairs} held-out pairs",
+        title=f"Against the tuned embedding, on {certificate.what}",
         title_justify="left",
         show_lines=True,
     )

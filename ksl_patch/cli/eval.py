@@ -32,18 +32,22 @@ if TYPE_CHECKING:
 )
 @evidence_options
 def eval(
-    reference: str, controls: str, seeds: int, max_new_tokens: int, output: Path | None, as_json: bool, **options: Any
-) -> None:
+    reference: str, controls: str, seeds: int, max_new_tokens: int | None, output: Path | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Measure a patch on held-out pairs: the base, the tuned embedding, the patch, and the controls.
 
     Controls have as many rows as the patch: the most frequent tokens, those that moved farthest, random ones, and the
     patch's own rows moved as far in a random direction. Each gets chrF++ and BLEU of the raw output and of its first
     line, the share of outputs that end by themselves, their length, and the loss per target token, with paired
-    bootstrap intervals of the difference from the base over sentences. The result goes into the patch's metadata.
+    bootstrap intervals of the difference from the base and of the patch's lead over it, over the held-out text. The
+    result goes into the patch's metadata.
+
+    The figures are of the pairs that the build held out. Choose between builds on its dev pairs, with --part dev.
 
     Everything trained and generated stays in the run folder: an evaluation that was cut off continues.
     """
-    from ksl_patch.evidence import CONTROLS, write
+    from ksl_patch.evidence import CONTROLS, SYSTEMS, Evaluation, read, write
 
     chosen = {"all": CONTROLS, "none": ()}.get(controls, tuple(part.strip() for part in controls.split(",")))
     if unknown := set(chosen) - set(CONTROLS):
@@ -53,10 +57,19 @@ def eval(
     with subject(reference, output=output, needs_build=False, **options) as it:
         from ksl_patch.train.compare import evaluate, make_systems
 
+        old = read(Evaluation, it.patch.meta.evaluation)
+        if output is not None or old is None or not old.systems:
+            old = None
+        before = {system.name: len(system.seeds) for system in old.systems} if old else {}
+        less = [f"{before['patch']} training seeds"] if before.get("patch", 0) > seeds else []
+        it.check_replaces(old, less)
         systems = make_systems(it.patch, it.build, chosen, seeds)
+        gone = [SYSTEMS.get(name, name) for name in before if name not in systems and name != "base"]
+        replaced = it.check_replaces(old, [*less, *gone])
         result = evaluate(
-            it.model, it.tokenizer, it.held_out, systems, it.reporter, max_new_tokens=max_new_tokens, cache=it.cache
-        )
+            it.model, it.tokenizer, it.held_out, systems, it.reporter, max_new_tokens=max_new_tokens,
+            cache=it.build.outputs if it.build else None, part=it.part, uses=it.count_use(),
+        )  # fmt: skip
         it.save(evaluation=write(result))
     if as_json:
         print(it.as_json(result))
@@ -68,19 +81,22 @@ def eval(
     for note in result.notes:
         console.print(f"Note: {note}", markup=False, highlight=False)
     if it.target is not None:
-        click.echo(f"Wrote the figures into {it.target}.")
+        click.echo(f"Wrote the figures into {it.target}. {replaced}".rstrip())
 
 
 def table(evaluation: Evaluation) -> Table:
-    """The figures of every system, and under each the interval of its difference from the base."""
+    """The figures of every system; under each the interval of its difference from the base, the range over training
+    seeds, and the patch's lead over it.
+    """
     from rich.table import Table
 
-    from ksl_patch.evidence import METRICS, interval, show
+    from ksl_patch.evidence import METRICS, against, interval, of_seeds, show
 
     seeds = max((len(system.seeds) for system in evaluation.systems), default=1)
+    several = f", and the range of {seeds} training seeds" if seeds > 1 else ""
     result = Table(
-        title=f"{evaluation.pairs} held-out pairs, {seeds} training seed{'s' if seeds > 1 else ''}; in brackets the "
-        f"{evaluation.confidence or 0:.0%} interval of the difference from the base",
+        title=f"{evaluation.what}; in brackets the {evaluation.confidence or 0:.0%} interval of the difference from "
+        f"the base{several}; below, the patch minus the system",
         title_justify="left",
     )
     result.add_column("")
@@ -91,7 +107,8 @@ def table(evaluation: Evaluation) -> Table:
         cells = []
         for metric in METRICS:
             figure = system.figures[metric]
-            between = interval(metric, figure)
-            cells.append(show(metric, figure.value) + (f"\n({between})" if between else ""))
+            between, over, lead = interval(metric, figure), of_seeds(metric, figure), against(metric, figure)
+            lines = [show(metric, figure.value), between and f"({between})", over and f"seeds {over}", lead]
+            cells.append("\n".join(line for line in lines if line))
         result.add_row(system.label, system.size, *cells)
     return result

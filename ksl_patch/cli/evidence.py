@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +35,20 @@ _OPTIONS = (
         help="Use these pairs, which no training saw, instead of those that the build held out.",
     ),
     columns_option("Names of the two columns of --test."),
-    click.option("--limit", type=click.IntRange(2), metavar="N", help="Use the first N held-out pairs only."),
-    click.option("--max-new-tokens", type=click.IntRange(1), default=128, help="Cut greedy outputs after this many."),
+    click.option(
+        "--part",
+        type=click.Choice(["held-out", "dev"]),
+        default="held-out",
+        help="Pairs that the build set aside: those for the figures, or those that choices are made on.",
+    ),
+    click.option("--limit", type=click.IntRange(2), metavar="N", help="Use the first N of the pairs only."),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Cut greedy outputs after this many.  [default: half as many again as the longest reference has]",
+    ),
+    click.option("--alone", is_flag=True, help="Without the run folder: the patch on --base and --test alone."),
     click.option(
         "-o",
         "--output",
@@ -45,6 +57,7 @@ _OPTIONS = (
         help="Write the patch with the result to this file.  [default: into P itself]",
     ),
     click.option("--no-save", is_flag=True, help="Print the result only."),
+    click.option("--force", is_flag=True, help="Replace figures of more pairs or systems, or an existing P2."),
     click.option("--device", metavar="DEV", help="Where to run.  [default: cuda when there is one, else cpu]"),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
 )
@@ -59,16 +72,51 @@ def evidence_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass
 class Subject:
-    """A patch, the model and held-out pairs it is measured on, and its build where the run folder is there."""
+    """A patch, the model and held-out pairs it is measured on, and its build where the run folder is there.
+
+    whole: the digest of the pairs that the held-out ones are the first of.
+    """
 
     patch: Patch
     target: Path | None
     model: Any
     tokenizer: Any
     held_out: Encoded
+    whole: str
     build: Build | None
-    cache: Path | None
+    part: str
+    force: bool
     reporter: Reporter
+
+    def count_use(self) -> int | None:
+        """How many patches of the run folder these pairs have measured, this one included; None where that is unknown.
+
+        Some of them are counted as all of them.
+        """
+        if self.build is None or self.part == "dev":
+            return None
+        return self.build.note_use(self.whole, self.patch)
+
+    def check_replaces(self, old: Evaluation | Certificate | None, less: Sequence[str] = ()) -> str:
+        """What the result will replace in the patch, in words; empty for nothing.
+
+        less: what else the old one has that the new one will not have. Raises UsageError when the old one has more and
+        --force was not given.
+        """
+        if old is None or self.target is None:
+            return ""
+        less = list(less)
+        if old.pairs > len(self.held_out):
+            less.append(f"{old.pairs} pairs")
+        if self.part == "dev" and old.part != "dev":
+            less.append("pairs that no choice was made on")
+        kind = type(old).__name__.lower()
+        if less and not self.force:
+            raise click.UsageError(
+                f"the patch has an {kind} with {', '.join(less)}, which this one would replace: add --force, give "
+                "-o FILE, or --no-save.".replace("an certificate", "a certificate")
+            )
+        return f"It replaces the {kind} on {old.what}."
 
     def save(self, **meta: Any) -> None:
         """Write the patch with other metadata where it was asked for."""
@@ -86,8 +134,8 @@ class Subject:
 @contextmanager
 def subject(
     reference: str, *, run: Path | None, base: str | None, pairs: str | None, test: str | None,
-    columns: tuple[str, str], limit: int | None, output: Path | None, no_save: bool, device: str | None,
-    needs_build: bool,
+    columns: tuple[str, str], part: str, limit: int | None, alone: bool, output: Path | None, no_save: bool,
+    force: bool, device: str | None, needs_build: bool,
 ) -> Iterator[Subject]:  # fmt: skip
     """What the options name. Everything that can be wrong is said before the first computation."""
     from ksl_patch.store.local import find
@@ -102,25 +150,33 @@ def subject(
         raise click.UsageError(
             f"{target} is signed, and new metadata would make the signature invalid: give -o FILE, or --no-save."
         )
-    run = run or path.with_name(path.name + ".run")
-    if not run.is_dir() and (needs_build or not (base and test)):
-        alone = "" if needs_build else ", or measure the patch alone with --base M --test G"
+    if output is not None and output.exists() and not no_save and not force:
+        raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name.")
+    if alone and (needs_build or not (base and test) or run):
         raise click.UsageError(
-            f"{run}, the folder that the patch's build kept, is not there: name it with --run{alone}."
+            "a certificate needs the run folder, so there is none with --alone." if needs_build
+            else "--alone measures the patch with --base M and --test G, and takes no --run."
+        )  # fmt: skip
+    run = run or path.with_name(path.name + ".run")
+    built = run.is_dir() and not alone
+    if not built and (needs_build or not (base and test)):
+        otherwise = "" if needs_build else ", or measure the patch alone with --base M --test G"
+        raise click.UsageError(
+            f"{run}, the folder that the patch's build kept, is not there: name it with --run{otherwise}."
         )
 
     try:
         from ksl_patch.hf import load_base
         from ksl_patch.train.build import reopen
         from ksl_patch.train.compare import encode_test
-        from ksl_patch.train.data import read_pairs
+        from ksl_patch.train.data import Columns, read_pairs
         from ksl_patch.train.progress import RichReporter
     except ImportError as error:
         raise click.ClickException(f"this needs the train extra: pip install 'ksl-patch[train]' ({error}).") from error
 
     with RichReporter() as reporter:
         build = None
-        if run.is_dir():
+        if built:
             changes = {"base": base, "pairs": pairs, "device": device}
             build = reopen(patch, run, reporter, **{name: value for name, value in changes.items() if value})
             model, tokenizer = build.model, build.tokenizer
@@ -129,11 +185,18 @@ def subject(
             model, tokenizer = load_base(base, device=device)
             patch.check(model, tokenizer)
         if test is not None:
-            held_out = encode_test(patch, model, tokenizer, read_pairs(test, columns=columns), build)
+            part, template = "given", patch.meta.template
+            fields = tuple((template and template.fields) or ())
+            read = read_pairs(test, Columns(*columns, build.config.group if build else None, fields))
+            held_out = encode_test(patch, model, tokenizer, read, build, reporter)
         else:
             assert build is not None
-            held_out = build.held_out
+            held_out = build.dev if part == "dev" else build.held_out
         if len(held_out) < 2:
-            raise click.UsageError("fewer than two pairs are held out: give --test G with pairs that no training saw.")
-        cache = run / "outputs" if build is not None else None
-        yield Subject(patch, target, model, tokenizer, held_out.first(limit), build, cache, reporter)
+            raise click.UsageError(
+                f"fewer than two {'test' if test else part} pairs: "
+                + ("give more." if test else "give --test G with pairs that no training saw.")
+            )
+        yield Subject(
+            patch, target, model, tokenizer, held_out.first(limit), held_out.digest, build, part, force, reporter
+        )

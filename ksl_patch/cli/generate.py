@@ -50,14 +50,14 @@ def generate(
     for patch in loaded.values():
         patch.check(model, tokenizer)
 
-    ids = []
+    ids, ends = [], []
     for number, (choice, prompt) in enumerate(zip(choices, prompts, strict=True), start=1):
         template = loaded[choice].meta.template if choice in loaded else None
-        text, chat = prompt, False
+        text, chat, end = prompt, False, None
         if template is not None and apply_template:
-            text, chat = template.render(prompt), template.chat
+            text, chat, end = template.render(prompt), template.chat, template.end_token_id
         elif template is not None and template.matches(prompt):
-            chat = template.chat
+            chat, end = template.chat, template.end_token_id
         elif template is not None:
             click.echo(
                 f"Warning: prompt {number} is not in the template that {choice} was trained with, which its effect may "
@@ -65,7 +65,9 @@ def generate(
                 err=True,
             )
         ids += prompt_ids(tokenizer, [text], chat=chat)
-    completions = run(model, tokenizer, ids, [loaded.get(choice) for choice in choices], max_new_tokens=max_new_tokens)
+        ends.append(end)
+    chosen = [loaded.get(choice) for choice in choices]
+    completions = run(model, tokenizer, ids, chosen, max_new_tokens=max_new_tokens, ends=ends)
     for choice, prompt, completion in zip(choices, prompts, completions, strict=True):
         if as_json:
             print(json.dumps({

@@ -39,6 +39,8 @@ def _print(patch: Patch, size: int, limit: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from ksl_patch.evidence import P_RANKS
+
     meta, base = patch.meta, patch.meta.base
     console = Console()
     facts = Table.grid(padding=(0, 2))
@@ -62,11 +64,14 @@ def _print(patch: Patch, size: int, limit: int) -> None:
         fact("ticket", meta.ticket.rule)
     if meta.training:
         t = meta.training
-        fact("training", f"{t.mode}, {t.pairs} pairs, {t.embed_steps} embedding steps at lr {t.embed_lr:.3g}, "
-             f"{t.steps} row steps at lr {t.lr:.3g}, batch {t.batch_size}, seed {t.seed}")  # fmt: skip
+        fact("training", f"{t.mode}, read {t.read}, {t.embed_steps} embedding steps at lr {t.embed_lr:.3g}, "
+             f"{t.steps} row steps at lr {t.lr:.3g}, seed {t.seed}")  # fmt: skip
+        if t.hyperparameters:
+            fact("optimiser", ", ".join(f"{name} {value}" for name, value in t.hyperparameters.items()))
     if meta.evaluation and {"loss_base", "loss_patch"} <= meta.evaluation.keys():
         e = meta.evaluation
-        fact("held-out loss", f"{e['loss_base']:.3f} base, {e['loss_patch']:.3f} patch, on {e['pairs']} pairs")
+        part = "dev" if e.get("part") == "dev" else "held-out"
+        fact(f"{part} loss", f"{e['loss_base']:.3f} base, {e['loss_patch']:.3f} patch, on {e['pairs']} pairs")
     if meta.origin:
         fact("merged from", ", ".join(f"{o.name} {o.digest[:12]} ({len(o.token_ids)} rows)" for o in meta.origin))
     fact("licence", meta.licence)
@@ -89,5 +94,7 @@ def _print(patch: Patch, size: int, limit: int) -> None:
             f"{row['change_norm']:.3f}",
         )
     console.print(table)
+    if meta.ticket and meta.ticket.pvalue:
+        console.print(f"p {P_RANKS}.", highlight=False)
     if len(rows) > limit:
         console.print(f"... and {len(rows) - limit} more; --rows shows them")

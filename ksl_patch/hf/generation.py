@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,10 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def end_token_id(model: Any, tokenizer: Any) -> int:
-    """The token id that ends an answer in training: the tokenizer's own, or the first of `end_token_ids`."""
+    """The token id that ends an answer in training: the tokenizer's own, or the first of `end_token_ids`.
+
+    A template may name another (`TemplateMeta.end_token_id`).
+    """
     ids = end_token_ids(model, tokenizer)
     return ids[0] if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
 
@@ -57,16 +60,18 @@ def generate(
     *,
     max_new_tokens: int = 128,
     batch_size: int | None = None,
+    ends: Sequence[int | None] | None = None,
 ) -> list[Completion]:
     """Greedy completions of prompts (token ids), one patch or None (the base) for each, in mixed batches.
 
     Every patch must have passed `patch.check(model)`. A patch of scope "prompt" acts on the prompt only.
+    ends: for each prompt a token id that ends its answer beside `end_token_ids`, such as its template's.
     """
     distinct = list({id(patch): patch for patch in patches if patch is not None}.values())
     with attach(model) as handle:
         slot_of = {id(patch): handle.bank.add(slot_rows(patch)) for patch in distinct}
         slots = [slot_of.get(id(patch), 0) for patch in patches]
-        return complete(model, tokenizer, prompts, slots, handle, max_new_tokens, batch_size)
+        return complete(model, tokenizer, prompts, slots, handle, max_new_tokens, batch_size, ends)
 
 
 @torch.no_grad()
@@ -78,10 +83,12 @@ def complete(
     handle: PatchHandle,
     max_new_tokens: int,
     batch_size: int | None,
+    ends: Sequence[int | None] | None = None,
 ) -> list[Completion]:
     """Greedy completions of prompts on a model with patches attached, the bank's slot for each."""
-    ends = end_token_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    common = end_token_ids(model, tokenizer)
+    own: list[Collection[int]] = [{*common, *([] if end is None else [end])} for end in ends or [None] * len(prompts)]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else common[0]
     size = batch_size or len(prompts) or 1
     # Prompts of like length together: less padding. The results go back in the order of the prompts.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -91,6 +98,8 @@ def complete(
         width = max(len(prompts[i]) for i in part)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in part], device=model.device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
+        # What ends one row must not end another: it is cut afterwards.
+        all_end = sorted(set.intersection(*(set(own[i]) for i in part)))
         with handle.serving([slots[i] for i in part]):
             output = model.generate(
                 input_ids=ids,
@@ -102,11 +111,11 @@ def complete(
                 top_p=None,
                 top_k=None,
                 repetition_penalty=1.0,
-                eos_token_id=ends,
+                eos_token_id=all_end,
                 pad_token_id=pad,
             )
         for i, new in zip(part, output[:, width:].tolist(), strict=True):
-            end = next((n for n, token in enumerate(new) if token in ends), None)
+            end = next((n for n, token in enumerate(new) if token in own[i]), None)
             text = tokenizer.decode(new[:end], skip_special_tokens=True)
             written = tuple(new if end is None else new[: end + 1])
             completions[i] = Completion(text=text, stopped=end is not None, token_ids=written)

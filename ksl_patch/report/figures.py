@@ -86,7 +86,7 @@ def volcano(
     tokens: Sequence[str],
     critical: tuple[float, float] | None,
 ) -> Picture:
-    """Every trained row: D against how often its token occurs in training.
+    """Every trained row: D against how often the embedding tuning read its token.
 
     counts, statistic: [V]. ticket: ids [k], tokens: their texts. critical: the level alpha and the D from which p is
     below it.
@@ -101,7 +101,7 @@ def volcano(
     )  # fmt: skip
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.set_xlabel("times the token occurs in training")
+    axes.set_xlabel("times the embedding tuning read the token")
     axes.set_ylabel("D, before against after")
     axes.grid(axis="y", linewidth=0.5)
     if critical is not None:
@@ -122,8 +122,8 @@ def volcano(
     above = "" if critical is None else f" {int((statistic >= critical[1]).sum())} rows have p < {critical[0]:g}."
     text = (
         f"{len(others) + len(ticket)} rows as points, the {len(ticket)} of the patch as diamonds. The largest D is "
-        f"{top:.3f}.{above} The rows of the patch occur {int(np.median(counts[ticket]))} times in training "
-        f"at the median, the others {int(np.median(counts[others])) if len(others) else 0} times."
+        f"{top:.3f}.{above} The tuning read the patch's tokens {int(np.median(counts[ticket]))} times at the median, "
+        f"the others {int(np.median(counts[others])) if len(others) else 0} times."
     )
     return _picture(figure, name, "All trained rows: how far each moved, and how frequent its token is", text)
 

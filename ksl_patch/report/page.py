@@ -14,7 +14,18 @@ from markupsafe import Markup
 from ksl_patch import __version__
 from ksl_patch.certify import statements
 from ksl_patch.errors import RunError
-from ksl_patch.evidence import METRICS, Certificate, Evaluation, Figure, interval, read, show
+from ksl_patch.evidence import (
+    METRICS,
+    P_RANKS,
+    Certificate,
+    Evaluation,
+    Figure,
+    against,
+    interval,
+    of_seeds,
+    read,
+    show,
+)
 from ksl_patch.kstest import critical_statistic
 from ksl_patch.patch import Patch, write_atomically
 from ksl_patch.report.figures import Dot, Picture, dot_plot, histogram, quoted, volcano
@@ -92,6 +103,9 @@ def _section(name: str, patch: Patch, tested: AllRows | None) -> dict[str, Any]:
             (label, [_cell(system.figures.get(metric), metric) for system in systems])
             for metric, (label, _, _) in METRICS.items()
         ],
+        "leads": _leads(evaluation),
+        "p_ranks": P_RANKS,
+        "metrics": [label for label, _, _ in METRICS.values()],
         "systems": [(system.label, system.size) for system in systems],
         "dots": _dots(
             name,
@@ -125,13 +139,15 @@ def _headline(evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
     by_name = {system.name: system.figures for system in evaluation.systems}
     if not {"base", "patch"} <= by_name.keys():
         change = f"{evaluation.loss_base:.3f} → {evaluation.loss_patch:.3f}"
-        return [(METRICS["loss"][0], change, f"on {evaluation.pairs} held-out pairs")]
+        return [(METRICS["loss"][0], change, f"on {evaluation.what}")]
     found = []
     for metric in ("loss", "chrf_first_line", "stop_rate"):
         before, after = by_name["base"].get(metric), by_name["patch"].get(metric)
         if before and after:
             change = f"{show(metric, before.value)} → {show(metric, after.value)}"
-            found.append((METRICS[metric][0], change, f"difference {interval(metric, after)}"))
+            seeds = of_seeds(metric, after)
+            more = f"difference {interval(metric, after)}" + (f"; {len(after.per_seed)} seeds {seeds}" if seeds else "")
+            found.append((METRICS[metric][0], change, more))
     return found
 
 
@@ -201,7 +217,7 @@ def _comparison(patches: Sequence[Patch]) -> dict[str, Any]:
             ("base", [f"{patch.meta.base.model_id or ''} {patch.meta.base.fingerprint[:12]}" for patch in patches]),
             ("rows", [str(len(patch.token_ids)) for patch in patches]),
             ("rows chosen by", [patch.meta.ticket.selection if patch.meta.ticket else "" for patch in patches]),
-            ("held-out pairs", [str(evaluation.pairs) if evaluation else "" for evaluation in evaluations]),
+            ("measured on", [evaluation.what if evaluation else "" for evaluation in evaluations]),
             (
                 "loss, base → patch",
                 [f"{e.loss_base:.3f} → {e.loss_patch:.3f}" if e else "" for e in evaluations],
@@ -226,22 +242,33 @@ def _provenance(patch: Patch, evaluation: Evaluation | None) -> list[tuple[str, 
         lines.append(("rows chosen by", meta.ticket.rule))
     if t:
         lines += [
-            ("training", f"{t.mode}, {t.pairs:,} pairs, batch {t.batch_size}, seed {t.seed}, {t.optimiser}"),
+            ("training", f"{t.mode}, seed {t.seed}, {t.optimiser}"),
+            ("training read", t.read),
             ("embedding tuning", f"{t.embed_steps} steps, learning rate {t.embed_lr:.3g}"),
             ("row tuning", f"{t.steps} steps, learning rate {t.lr:.3g}"),
             ("training data", t.data_digest),
         ]
+        if t.hyperparameters:
+            lines.append(("optimiser", ", ".join(f"{name} {value}" for name, value in t.hyperparameters.items())))
     if evaluation:
         lines.append(("held-out data", evaluation.data_digest))
         lines += [(f"{name} signature", value) for name, value in evaluation.signatures.items()]
     return lines
 
 
-def _cell(figure: Figure | None, metric: str) -> tuple[str, str]:
-    """A value, and the interval of its difference from the base."""
+def _cell(figure: Figure | None, metric: str) -> tuple[str, str, str]:
+    """A value, the interval of its difference from the base, and the range over training seeds."""
     if figure is None:
-        return "", ""
-    return show(metric, figure.value), interval(metric, figure)
+        return "", "", ""
+    return show(metric, figure.value), interval(metric, figure), of_seeds(metric, figure)
+
+
+def _leads(evaluation: Evaluation | None) -> list[tuple[str, list[str]]]:
+    """For each system beside the patch, the patch minus it in every metric, with the interval."""
+    if evaluation is None:
+        return []
+    lines = [(each.label, [against(name, each.figures.get(name)) for name in METRICS]) for each in evaluation.ordered]
+    return [(label, cells) for label, cells in lines if any(cells)]
 
 
 def write_report(path: Path, page: str) -> None:

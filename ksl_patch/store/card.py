@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from ksl_patch.errors import HubError, PatchError
-from ksl_patch.evidence import METRICS, Evaluation, read, with_interval
+from ksl_patch.evidence import METRICS, Evaluation, Figure, against, of_seeds, read, with_interval
 from ksl_patch.patch import Patch
 
 CARD = "README.md"
@@ -64,7 +65,7 @@ def _section(patch: Patch, repo: str, file: str, base: str) -> str:
         "rows": f"{len(patch.token_ids)} of {meta.base.vocab_size:,}, {meta.base.hidden_size} values each",
         "side, scope": f"{meta.side}, {meta.scope}",
         "rows chosen by": meta.ticket and meta.ticket.rule,
-        "trained on": meta.training and f"{meta.training.pairs:,} sentence pairs",
+        "training read": meta.training and meta.training.read,
         "licence": meta.licence,
         "digest": f"`{patch.digest}`",
     }
@@ -110,16 +111,24 @@ def _figures(value: dict[str, Any] | None) -> str:
         rows = [(key, f"{number:.4g}") for key, number in (value or {}).items() if isinstance(number, int | float)]
         return markdown_table(("on held-out pairs", ""), rows) if rows else ""
     head = ("", *(label for label, _, _ in METRICS.values()))
-    lines = [
-        (system.label, *(with_interval(name, system.figures.get(name)) for name in METRICS))
-        for system in evaluation.ordered
-    ]
+    level = f"{evaluation.confidence or 0:.0%}"
     how = (
-        f"On {evaluation.pairs} held-out pairs, greedy, at most {evaluation.max_new_tokens} new tokens; in brackets "
-        f"the {evaluation.confidence or 0:.0%} interval of the difference from the base (paired bootstrap)."
+        f"On {evaluation.what}, greedy, at most {evaluation.max_new_tokens} new tokens; in brackets "
+        f"the {level} interval of the difference from the base (paired bootstrap)."
     )
+    parts = [how, markdown_table(head, _lines(evaluation, with_interval))]
+    if leads := _lines(evaluation, against):
+        parts += [f"The patch minus each of them, and the {level} interval of that:", markdown_table(head, leads)]
+    if ranges := _lines(evaluation, of_seeds):
+        parts += ["The range over training seeds:", markdown_table(head, ranges)]
     notes = [*evaluation.notes, *(f"{name}: {value}" for name, value in evaluation.signatures.items())]
-    return "\n\n".join([how, markdown_table(head, lines), "\n".join(f"- {note}" for note in notes)])
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
+
+
+def _lines(evaluation: Evaluation, show: Callable[[str, Figure | None], str]) -> list[tuple[str, ...]]:
+    """A line for each system of which there is something to show."""
+    lines = [(s.label, *(show(name, s.figures.get(name)) for name in METRICS)) for s in evaluation.ordered]
+    return [line for line in lines if any(line[1:])]
 
 
 def markdown_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

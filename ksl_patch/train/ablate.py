@@ -36,7 +36,7 @@ def run_at(
     patch: Patch,
     place: Place,
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int,
     batch_size: int = 16,
 ) -> Outputs:
     """What the model does when the rows act at one place alone, teacher-forced and in its own greedy output.
@@ -82,7 +82,8 @@ def run_at(
             where[row, width - len(positions[i].prompt) :] = torch.tensor(positions[i].prompt)
         with attach(model) as handle, acting(model, patch, where, after=after):
             prompts = [examples[i].prompt for i in part]
-            outputs = complete(model, tokenizer, prompts, [0] * len(part), handle, max_new_tokens, None)
+            ends = [examples[i].answer[-1] for i in part]
+            outputs = complete(model, tokenizer, prompts, [0] * len(part), handle, max_new_tokens, None, ends)
             completions |= zip(part, outputs, strict=True)
     return of_completions([completions[i] for i in range(len(examples))], losses, counts)
 
@@ -120,8 +121,10 @@ def _source_tokens(tokenizer: Any, template: TemplateMeta, pair: Pair) -> list[b
     """Which tokens of a rendered prompt cover a character of the source sentence."""
     if not getattr(tokenizer, "is_fast", False):
         raise RunError("where rows act can be seen with a fast tokenizer only: others do not say what a token covers.")
-    prompt = template.render(pair.source)
-    begin = len(template.text.partition("{source}")[0])
+    prompt = pair.prompt(template)
+    values, pieces = {**dict(pair.fields), "source": pair.source}, template.pieces()
+    at = next(i for i in range(1, len(pieces), 2) if pieces[i] == "source")
+    begin = sum(len(values[piece] if i % 2 else piece) for i, piece in enumerate(pieces[:at]))
     end = begin + len(pair.source)
     encoded = tokenizer(prompt, add_special_tokens=not template.chat, return_offsets_mapping=True)
     return [first < end and last > begin and last > first for first, last in encoded.offset_mapping]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch
 from ksl_patch.train.build import Build
 from ksl_patch.train.data import Encoded, Example, collate
-from ksl_patch.train.evaluate import run
+from ksl_patch.train.evaluate import run, token_limit
 
 
 def certify(
@@ -26,27 +25,40 @@ def certify(
     *,
     alpha: float = 0.05,
     delta: float = 0.05,
-    max_new_tokens: int = 128,
-    cache: Path | None = None,
+    max_new_tokens: int | None = None,
+    part: str | None = None,
+    uses: int | None = None,
 ) -> Certificate:
     """The certificate of a patch against the tuned embedding that its build began with.
 
-    held_out: pairs that trained nothing and chose nothing. Raises RunError when the build has no tuned embedding.
+    held_out: pairs that trained nothing and chose nothing. part, uses: as in `compare.evaluate`. Raises RunError when
+    the build has no tuned embedding.
     """
     if not build.is_embedding_tuned:
         raise RunError(
-            "the run folder has no tuned embedding to compare the patch with: a build with the selection "
-            "'frequency' or 'random' makes none; `ksl-patch build --selection ks` in the same folder does."
+            f"{build.run} has no tuned embedding to compare the patch with, of this seed, base, pairs and template: "
+            "`ksl-patch build --selection ks` with the same settings and this folder makes it."
         )
+    max_new_tokens = max_new_tokens or token_limit(held_out)
     tuned = build.embedding_patch()
     prompts = [example.prompt for example in held_out.examples]
     tokens, margins = next_tokens(build.model, held_out.examples, tuned)
     patched, _ = next_tokens(build.model, held_out.examples, patch)
     outputs = [
-        run(build.model, build.tokenizer, held_out, each, max_new_tokens=max_new_tokens, cache=cache).token_ids
+        run(build.model, build.tokenizer, held_out, each, max_new_tokens=max_new_tokens, cache=build.outputs).token_ids
         for each in (tuned, patch)
     ]
     n = len(held_out)
+    notes = []
+    if part == "dev":
+        notes.append("These are the dev pairs: if the patch was chosen by them, the bounds do not hold.")
+    elif uses is not None and uses > 1:
+        notes.append(
+            f"{uses} patches of this run folder were measured on these pairs: if this one was chosen by that, the "
+            "bounds do not hold."
+        )
+    if held_out.groups is not None:
+        notes.append("The pairs come in documents, so they are not independent draws, and the bounds are too high.")
     return Certificate(
         pairs=n,
         data_digest=held_out.digest,
@@ -59,6 +71,8 @@ def certify(
             margins, tokens != patched, torch.from_numpy(build.ks().statistic), patch.token_ids,
             build.base.hidden_size, alpha,
         ),
+        part=part,
+        notes=notes,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from ksl_patch.base import dtype_name, find_embedding, identify
+from ksl_patch.base import BaseIdentity, dtype_name, find_embedding, has_other_body, identify, model_digest
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.evidence import Evaluation, write
 from ksl_patch.hf import attach, end_token_id, load_base
@@ -28,6 +29,7 @@ from ksl_patch.kstest import KSResult, ks_test
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import (
     Patch,
+    Scope,
     Side,
     TemplateMeta,
     TicketMeta,
@@ -37,20 +39,32 @@ from ksl_patch.patch import (
     timestamp,
     write_atomically,
 )
-from ksl_patch.ticket import DEFAULT_CAP, Selection, Ticket, frequency_ticket, ks_ticket, l2_ticket, random_ticket
+from ksl_patch.ticket import (
+    DEFAULT_CAP,
+    Selection,
+    Ticket,
+    frequency_ticket,
+    given_ticket,
+    ks_ticket,
+    l2_ticket,
+    random_ticket,
+)
 from ksl_patch.train.data import (
+    Columns,
     Encoded,
+    Example,
     Pair,
     data_digest,
     encode,
     make_template,
     read_pairs,
+    sketch,
     split_pairs,
     token_counts,
 )
-from ksl_patch.train.evaluate import token_loss
+from ksl_patch.train.evaluate import Cache, token_loss
 from ksl_patch.train.progress import Reporter, SilentReporter
-from ksl_patch.train.record import Record, keep, read_record, read_tests, write_record
+from ksl_patch.train.record import Record, keep, note_use, read_record, read_tests, write_record
 from ksl_patch.train.tune import TuneSettings, tune_rows
 
 Mode = Literal["partial", "transfer"]
@@ -60,7 +74,9 @@ Mode = Literal["partial", "transfer"]
 class BuildConfig:
     """Everything a build depends on. Learning rates are in units of the standard deviation of the table's values.
 
-    data_seed: of the split into training and held-out pairs; `seed` by default.
+    rows: tokens named by hand, ids or texts, in place of a selection. group: the pairs' column with their document.
+    data_seed: of the split into training, dev and held-out pairs. damp_rare: of the embedding tuning, see
+    `TuneSettings`.
     """
 
     base: str
@@ -70,21 +86,27 @@ class BuildConfig:
     revision: str | None = None
     source_language: str = "en"
     columns: tuple[str, str] = ("source", "target")
+    group: str | None = None
     template: str = "plain"
+    system: str | None = None
     alpha: float | None = 0.05
     top_k: int | None = None
     cap: int = DEFAULT_CAP
     selection: Selection = "ks"
+    rows: tuple[str | int, ...] = ()
     mode: Mode = "partial"
     side: Side = "input"
+    scope: Scope = "all"
     embed_steps: int = 100
     embed_lr: float = 0.15
+    damp_rare: bool = True
     steps: int = 100
     lr: float = 0.15
     batch_size: int = 8
     accumulate: int = 1
     seed: int = 0
-    data_seed: int | None = None
+    data_seed: int = 0
+    dev: int = 64
     held_out: int = 64
     max_pairs: int | None = None
     max_length: int = 256
@@ -102,57 +124,126 @@ def build(config: BuildConfig, run: Path, reporter: Reporter | None = None) -> P
     return Build(config, run, reporter or SilentReporter()).patch()
 
 
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A base in memory, with what was read of it before its weights were cast to the dtype that they compute in.
+
+    digest: of all that decides its outputs (`model_digest`). dtype: the table's own. scale: the standard deviation of
+    the table's values.
+    """
+
+    model: Any
+    tokenizer: Any
+    identity: BaseIdentity
+    digest: str
+    dtype: torch.dtype
+    scale: float
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any) -> Loaded:
+        """Look at a model, and cast it where that is better to compute in and exact for its values."""
+        table = find_embedding(model)
+        identity, digest = identify(model, tokenizer), model_digest(model, tokenizer)
+        dtype, scale = table.weight.dtype, float(table.weight.detach().float().std())
+        # float16's range is too small for gradients, and many processors are twice as fast in float32 as in bfloat16.
+        if dtype == torch.float16 or (model.device.type == "cpu" and not _cpu_computes_bfloat16()):
+            model.float()
+        return cls(model, tokenizer, identity, digest, dtype, scale)
+
+
 class Build:
     """A build whose stages are computed once, on demand, and kept in the run folder.
 
-    pairs, model, tokenizer, template, examples, held_out: what it works on, ready after construction.
-    loaded: the base and its tokenizer, where they are at hand.
+    pairs, model, tokenizer, template, train, dev, held_out: what it works on, ready after construction.
+    loaded: the base, where it is at hand. reopened: stages that another kind of machine has finished may be used.
     """
 
     def __init__(
-        self, config: BuildConfig, run: Path, reporter: Reporter, loaded: tuple[Any, Any] | None = None
+        self,
+        config: BuildConfig,
+        run: Path,
+        reporter: Reporter,
+        loaded: Loaded | None = None,
+        *,
+        reopened: bool = False,
     ) -> None:
         check_name(config.name)
         check_language(config.language)
-        self.config, self.run, self.reporter = config, run, reporter
-        self.pairs = split_pairs(
-            read_pairs(config.pairs, columns=config.columns),
-            held_out=config.held_out,
-            seed=config.seed if config.data_seed is None else config.data_seed,
-            limit=config.max_pairs,
-        )
-        if self.pairs.duplicates:
-            reporter.note(
-                "duplicates",
-                f"{self.pairs.duplicates} pairs whose source occurs before were left out",
-                pairs=self.pairs.duplicates,
-            )
+        self.config, self.run, self.reporter, self._reopened = config, run, reporter, reopened
+        if config.scope == "prompt" and config.side != "input":
+            raise RunError("scope 'prompt' needs side 'input': the output side acts on what follows the prompt.")
         # Under a launcher each process has a device of its own.
         device = config.device or str(PartialState().device)
-        self.model, self.tokenizer = loaded or load_base(config.base, revision=config.revision, device=device)
-        table = find_embedding(self.model)
-        if config.side == "input+output" and not table.tied:
+        if loaded is None:
+            loaded = Loaded.of(*load_base(config.base, revision=config.revision, device=device))
+        self.loaded = loaded
+        self.model, self.tokenizer, self.base, self.scale = (
+            loaded.model,
+            loaded.tokenizer,
+            loaded.identity,
+            loaded.scale,
+        )
+        if config.side == "input+output" and not find_embedding(self.model).tied:
             raise RunError("side 'input+output' is for bases whose head is tied to the embedding; use 'input' here.")
-        self.base = identify(self.model, self.tokenizer)
-        self.stored_dtype = table.weight.dtype
-        if self.model.device.type == "cpu" and not _cpu_computes_bfloat16():
-            # Twice as fast there as bfloat16, and exact for its values.
-            self.model.float()
-        self.scale = float(table.weight.detach().float().std())
         self.template: TemplateMeta = make_template(
             config.template,
             source_language=config.source_language,
             language=config.language,
             tokenizer=self.tokenizer,
+            system=config.system,
         )
-        self.examples = self.encode(self.pairs.train, "training").examples
+        self.pairs = split_pairs(
+            read_pairs(config.pairs, self.columns(config.columns)),
+            held_out=config.held_out,
+            dev=config.dev,
+            seed=config.data_seed,
+            limit=config.max_pairs,
+        )
+        for count, what in (
+            (self.pairs.duplicates, "whose source occurs before"),
+            (self.pairs.unused, "of held-out documents beyond what is measured"),
+        ):
+            if count:
+                reporter.note("duplicates", f"{count} pairs {what} were left out", pairs=count)
+        self.train = self.encode(self.pairs.train, "training")
+        self.dev = self.encode(self.pairs.dev, "dev") if self.pairs.dev else Encoded([], [])
         self.held_out = self.encode(self.pairs.held_out, "held-out") if self.pairs.held_out else Encoded([], [])
-        self.counts = token_counts(self.examples, self.base.vocab_size)
         self.created = self._once("created.json", {"created": timestamp()})["created"]
         self._report_learning_rates()
 
+    def columns(self, names: tuple[str, str]) -> Columns:
+        """The columns that the template and the split need, beside those of the two sentences."""
+        return Columns(*names, self.config.group, tuple(self.template.fields or ()))
+
+    @property
+    def outputs(self) -> Cache:
+        """Where what systems did on pairs is kept."""
+        return Cache(self.run / "outputs", self.loaded.digest)
+
+    def read_in(self, steps: int) -> list[Example]:
+        """What so many steps of a tuning read, in that order, with repetitions."""
+        return [self.train.examples[i] for i in self._settings(steps, 0.0, False).order(len(self.train))]
+
+    def pairs_read_in(self, steps: int) -> list[Pair]:
+        """The different pairs that so many steps of a tuning read."""
+        order = self._settings(steps, 0.0, False).order(len(self.train))
+        return [self.train.pairs[i] for i in dict.fromkeys(order)]
+
+    @cached_property
+    def embed_counts(self) -> np.ndarray:
+        """How often the embedding tuning read each token where a patch acts, int64 [V]."""
+        return self._counts(self.config.embed_steps)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """The same for the tuning that gives the patch its rows: only rows that were read get a gradient."""
+        return self._counts(self.config.steps) if self.config.mode == "partial" else self.embed_counts
+
+    def _counts(self, steps: int) -> np.ndarray:
+        return token_counts(self.read_in(steps), self.base.vocab_size, prompt_only=self.config.scope == "prompt")
+
     def patch(self) -> Patch:
-        """Run whatever is not done yet, and measure the loss of the result on the held-out pairs."""
+        """Run whatever is not done yet, and measure the loss of the result on the dev pairs."""
         patch = self.patch_of(self.ticket())
         patch = patch.with_meta(evaluation=self.losses(patch))
         config = asdict(self.config)
@@ -160,16 +251,14 @@ class Build:
             if Path(config[name]).exists():  # else an id on the Hub
                 config[name] = str(Path(config[name]).resolve())
         tested = (self._embedding_folder / "ks.npz").is_file()
-        write_record(self.run, patch.digest, Record(config, self._embedding_folder.name if tested else None))
+        tests = self._embedding_folder.name if tested else None
+        write_record(self.run, patch.digest, Record(config, tests, PartialState().num_processes))
         return patch
 
     def seeded(self, seed: int) -> Build:
         """The same build of the same pairs and held-out pairs, trained with another seed."""
-        config = self.config
-        data_seed = config.seed if config.data_seed is None else config.data_seed
-        return Build(
-            replace(config, seed=seed, data_seed=data_seed), self.run, self.reporter, (self.model, self.tokenizer)
-        )
+        config = replace(self.config, seed=seed)
+        return Build(config, self.run, self.reporter, self.loaded, reopened=self._reopened)
 
     def patch_of(self, ticket: Ticket) -> Patch:
         """The patch of a ticket, trained (or transferred) as configured."""
@@ -181,18 +270,18 @@ class Build:
         return (self._embedding_folder / "rows.safetensors").is_file()
 
     def embedding_patch(self) -> Patch:
-        """The tuned embedding in a patch's form: every row that the tuning could change."""
+        """The tuned embedding in a patch's form: every row that the tuning read, and so could change."""
         token_ids, rows = self.embedding()
         return self.patch_from(Ticket(token_ids.numpy(), "all"), rows)
 
     def embedding(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Stage 1. The token ids int64 [n] that embedding tuning can change and their tuned rows, float32 [n, d].
 
-        With side "input" a row gets a gradient only if its token occurs in the data, so tuning those rows is
-        tuning the whole table; the head of a tied model sees every token.
+        With side "input" a row gets a gradient only if a step reads its token, so tuning those rows is tuning the whole
+        table; the head of a tied model sees every token.
         """
         config = self.config
-        ids = np.flatnonzero(self.counts) if config.side == "input" else np.arange(self.base.vocab_size)
+        ids = np.flatnonzero(self.embed_counts) if config.side == "input" else np.arange(self.base.vocab_size)
         token_ids = torch.from_numpy(ids)
         rows = self._tune("embedding tuning", "embed", token_ids, config.embed_steps, config.embed_lr, None)
         return token_ids, rows
@@ -209,7 +298,9 @@ class Build:
         statistic, pvalue = np.zeros(self.base.vocab_size), np.ones(self.base.vocab_size)
         statistic[token_ids], pvalue[token_ids] = tested.statistic, tested.pvalue
         content = io.BytesIO()
-        np.savez(content, statistic=statistic, pvalue=pvalue, hidden_size=self.base.hidden_size, counts=self.counts)
+        np.savez(
+            content, statistic=statistic, pvalue=pvalue, hidden_size=self.base.hidden_size, counts=self.embed_counts
+        )
         write_atomically(file, content.getvalue())
         return KSResult(statistic, pvalue, self.base.hidden_size)
 
@@ -219,7 +310,10 @@ class Build:
         The most frequent and random rows need no embedding tuning.
         """
         config = self.config
-        selection, k = selection or config.selection, k or config.top_k
+        selection = selection or ("given" if config.rows else config.selection)
+        k = k or config.top_k
+        if selection == "given":
+            return self._given()
         if selection == "ks":
             with self._noting_warnings():
                 return ks_ticket(self.ks(), alpha=config.alpha, top_k=k, cap=config.cap)
@@ -230,10 +324,22 @@ class Build:
         if selection == "random":
             return random_ticket(self.counts, k, config.seed)
         token_ids, rows = self.embedding()
-        V, d = self.base.vocab_size, self.base.hidden_size
-        before, after = torch.zeros(V, d), torch.zeros(V, d)
-        before[token_ids], after[token_ids] = self._base_rows(token_ids), rows
-        return l2_ticket(before, after, k)
+        distance = torch.linalg.vector_norm(rows - self._base_rows(token_ids), dim=1)
+        return l2_ticket(token_ids.numpy(), distance.numpy(), k)
+
+    def _given(self) -> Ticket:
+        """The rows named by hand. Raises RunError where none of them gets a gradient, and says which do not."""
+        ticket = given_ticket(self.config.rows, self.tokenizer, self.base.vocab_size)
+        if self.config.side == "input+output":
+            return ticket
+        unread = ticket.token_ids[self.counts[ticket.token_ids] == 0]
+        if len(unread):
+            names = ", ".join(f"{self.tokenizer.decode([i])!r} ({i})" for i in unread)
+            what = f"the training never reads {names} where the patch acts"
+            if len(unread) == len(ticket) or self.config.mode == "transfer":
+                raise RunError(f"{what}, so there is nothing to train: name tokens of the prompt.")
+            self.reporter.note("unread", f"{what}, so these rows stay the base's", token_ids=unread.tolist())
+        return ticket
 
     def rows(self, ticket: Ticket) -> torch.Tensor:
         """Stage 3. The ticket's rows, float32 [k, d]: tuned alone from the base, or taken from the tuned table."""
@@ -255,7 +361,7 @@ class Build:
         config = self.config
         table = find_embedding(self.model)
         compute = table.weight.dtype
-        table.weight.data = table.weight.data.to(self.stored_dtype)
+        table.weight.data = table.weight.data.to(self.loaded.dtype)
         try:
             patch = Patch.from_model(
                 self.model,
@@ -265,14 +371,18 @@ class Build:
                 language=config.language,
                 tokenizer=self.tokenizer,
                 side=config.side,
+                scope=config.scope,
                 template=self.template,
                 licence=config.licence,
                 created=self.created,
             )
         finally:
             table.weight.data = table.weight.data.to(compute)
-        partial = config.mode == "partial"
+        whole = ticket.selection == "all"
+        partial = config.mode == "partial" and not whole
         tuned = not partial or ticket.selection in ("ks", "l2")
+        steps = max(config.steps if partial else 0, config.embed_steps if tuned else 0)
+        read = self.pairs_read_in(steps)
         return patch.with_meta(
             base=self.base,
             ticket=TicketMeta(
@@ -284,33 +394,57 @@ class Build:
                 pvalue=None if ticket.pvalue is None else ticket.pvalue.tolist(),
             ),
             training=TrainingMeta(
-                mode=config.mode,
+                mode="transfer" if whole else config.mode,
                 steps=config.steps if partial else 0,
                 lr=config.lr * self.scale if partial else 0.0,
                 optimiser="AdamW, weight decay 0, linear decay",
-                batch_size=config.batch_size * config.accumulate,
+                batch_size=config.batch_size * config.accumulate * PartialState().num_processes,
                 seed=config.seed,
                 data_digest=data_digest(self.pairs.train),
-                pairs=len(self.examples),
+                pairs=len(self.train),
                 embed_steps=config.embed_steps if tuned else 0,
                 embed_lr=config.embed_lr * self.scale if tuned else 0.0,
                 embedding_scale=self.scale,
+                pairs_read=len(self.pairs_read_in(config.steps)) if partial else 0,
+                embed_pairs_read=len(self.pairs_read_in(config.embed_steps)) if tuned else 0,
+                processes=PartialState().num_processes,
+                hyperparameters=self._hyperparameters(len(ticket), partial, tuned),
+                sources=sketch(read),
             ),
         )
 
+    def _hyperparameters(self, rows: int, partial: bool, tuned: bool) -> dict[str, float | str | bool]:
+        """What the optimiser of the rows was set to; embed_: what is other in the embedding tuning before."""
+        config, d = self.config, self.base.hidden_size
+        found = self._settings(config.steps, 0.0, False).optimiser(rows * d) if partial else {}
+        if tuned:
+            n = np.count_nonzero(self.embed_counts) if config.side == "input" else self.base.vocab_size
+            embed = self._settings(config.embed_steps, 0.0, config.damp_rare).optimiser(int(n) * d)
+            found = found or {key: value for key, value in embed.items() if key != "adam_epsilon"}
+            found |= {"damp_rare": config.damp_rare, "embed_adam_epsilon": embed["adam_epsilon"]}
+        return found | {
+            "gradient_accumulation_steps": config.accumulate,
+            "dtype": dtype_name(self.model.dtype),
+            "device": self.model.device.type,
+        }
+
     def losses(self, patch: Patch) -> dict[str, Any] | None:
-        """Held-out loss per answer token of the base and the patch; None when nothing is held out."""
-        if not len(self.held_out):
+        """Loss per answer token of the base and the patch on the dev pairs; None when there are none.
+
+        The held-out pairs are for figures that nothing was chosen by: `eval` is their place.
+        """
+        if not len(self.dev):
             return None
         result = Evaluation(
-            pairs=len(self.held_out),
-            data_digest=self.held_out.digest,
-            loss_base=token_loss(self.model, self.held_out.examples),
+            pairs=len(self.dev),
+            data_digest=self.dev.digest,
+            loss_base=token_loss(self.model, self.dev.examples),
             loss_patch=self.patched_loss(patch),
+            part="dev",
         )
         self.reporter.note(
-            "held_out",
-            f"held-out loss on {result.pairs} pairs: base {result.loss_base:.3f}, patch {result.loss_patch:.3f}",
+            "dev",
+            f"loss on {result.pairs} dev pairs: base {result.loss_base:.3f}, patch {result.loss_patch:.3f}",
             pairs=result.pairs,
             data_digest=result.data_digest,
             loss_base=result.loss_base,
@@ -318,36 +452,44 @@ class Build:
         )
         return write(result)
 
-    def patched_loss(self, patch: Patch) -> float:
-        """Held-out loss per answer token of the model with the patch's stored rows."""
+    def patched_loss(self, patch: Patch, pairs: Encoded | None = None) -> float:
+        """Loss per answer token of the model with the patch's stored rows, on the dev pairs by default."""
         with attach(self.model) as handle, handle.serving(handle.bank.add(slot_rows(patch))):
-            return token_loss(self.model, self.held_out.examples, handle=handle)
+            return token_loss(self.model, (pairs or self.dev).examples, handle=handle)
+
+    def note_use(self, pairs: str, patch: Patch) -> int:
+        """Remember that a patch was measured on pairs, by digest; how many patches that makes in this run folder."""
+        return note_use(self.run, pairs, patch.digest)
+
+    def _settings(self, steps: int, lr: float, damp_rare: bool) -> TuneSettings:
+        config = self.config
+        return TuneSettings(
+            steps=steps,
+            lr=lr * self.scale,
+            batch_size=config.batch_size,
+            accumulate=config.accumulate,
+            seed=config.seed,
+            checkpoint_every=config.checkpoint_every,
+            processes=PartialState().num_processes,
+            gradient_checkpointing=config.gradient_checkpointing,
+            damp_rare=damp_rare,
+        )
 
     def _tune(
         self, stage: str, kind: str, token_ids: torch.Tensor, steps: int, lr: float, ticket: Ticket | None
     ) -> torch.Tensor:
         config = self.config
-        rows = tune_rows(
+        return tune_rows(
             self.model,
             token_ids,
-            self.examples,
-            TuneSettings(
-                steps=steps,
-                lr=lr * self.scale,
-                batch_size=config.batch_size,
-                accumulate=config.accumulate,
-                seed=config.seed,
-                checkpoint_every=config.checkpoint_every,
-                gradient_checkpointing=config.gradient_checkpointing,
-                damp_rare=ticket is None,
-            ),
+            self.train.examples,
+            self._settings(steps, lr, ticket is None and config.damp_rare),
             side=config.side,
+            scope=config.scope,
             folder=self._folder(kind, self._tune_key(steps, lr, ticket)),
             stage=stage,
             reporter=self.reporter,
         )
-        self.model.eval()
-        return rows
 
     @property
     def _embedding_folder(self) -> Path:
@@ -357,23 +499,40 @@ class Build:
         """All that a tuning's result depends on."""
         config = self.config
         return {
-            "base": asdict(self.base) | {"model_id": None, "revision": None},
-            "data": data_digest(self.pairs.train),
-            "template": asdict(self.template),
-            "max_length": config.max_length,
+            "base": self.loaded.digest,
+            "examples": self._examples_digest,
             "side": config.side,
+            "scope": config.scope,
             "steps": steps,
             "lr": lr,
-            "batch": [config.batch_size, config.accumulate],
+            "damp_rare": ticket is None and config.damp_rare,
+            "batch": config.batch_size * config.accumulate * PartialState().num_processes,
             "seed": config.seed,
-            "device": [self.model.device.type, dtype_name(self.model.dtype)],
+            "machine": {
+                "device": self.model.device.type,
+                "dtype": dtype_name(self.model.dtype),
+                "batch": [config.batch_size, config.accumulate, PartialState().num_processes],
+            },
             "token_ids": None if ticket is None else hashlib.sha256(ticket.token_ids.tobytes()).hexdigest(),
         }
 
+    @cached_property
+    def _examples_digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.train.examples).encode()).hexdigest()
+
     def _folder(self, kind: str, key: dict[str, Any]) -> Path:
-        """The stage's folder in the run folder; `settings.json` in it says what its name was made from."""
+        """The stage's folder in the run folder; `settings.json` in it says what its name was made from.
+
+        A build that was opened again takes a stage that was finished on another kind of machine, where it has no other.
+        """
         text = json.dumps(key, indent=1, sort_keys=True)
         folder = self.run / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        if self._reopened and not (folder / "rows.safetensors").is_file():
+            for settings in sorted(self.run.glob(f"{kind}-*/settings.json")):
+                if (settings.parent / "rows.safetensors").is_file():
+                    found = json.loads(settings.read_bytes())
+                    if {**found, "machine": None} == {**key, "machine": None}:
+                        return settings.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "settings.json", text.encode())
@@ -411,14 +570,17 @@ class Build:
         return encoded
 
     def _report_learning_rates(self) -> None:
-        config = self.config
+        config, processes = self.config, PartialState().num_processes
         self.reporter.note(
             "start",
-            f"{len(self.examples)} pairs to train, {len(self.held_out)} held out; the table's values have the standard "
-            f"deviation {self.scale:.4g}, so the learning rates are {config.embed_lr:g} x that = "
+            f"{len(self.train)} pairs to train, {len(self.dev)} for choices, {len(self.held_out)} held out"
+            f"{f', {processes} processes' if processes > 1 else ''}; the table's values have the standard deviation "
+            f"{self.scale:.4g}, so the learning rates are {config.embed_lr:g} x that = "
             f"{config.embed_lr * self.scale:.3g} (embedding) and {config.lr:g} x = {config.lr * self.scale:.3g} (rows)",
-            pairs=len(self.examples),
+            pairs=len(self.train),
+            dev=len(self.dev),
             held_out=len(self.held_out),
+            processes=processes,
             scale=self.scale,
             embed_lr=config.embed_lr * self.scale,
             lr=config.lr * self.scale,
@@ -440,16 +602,26 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
     changes: fields of its BuildConfig that are different now, such as where the base and the pairs are.
     Raises RunError without a record, DataError when the pairs are not those of the patch's training.
     """
+    record = read_record(run, patch.digest)
     try:
-        config = BuildConfig(**read_record(run, patch.digest).config | changes)
+        config = BuildConfig(**record.config | changes)
     except TypeError as error:
         raise RunError(f"the record of the build in {run} is of another version of ksl-patch ({error}).") from error
-    build = Build(config, run, reporter or SilentReporter())
+    # As many pairs in a step as all processes had together.
+    accumulate, rest = divmod(config.accumulate * record.processes, PartialState().num_processes)
+    if rest:
+        raise RunError(f"the patch was trained by {record.processes} processes: run this with one process, or so many.")
+    build = Build(replace(config, accumulate=accumulate), run, reporter or SilentReporter(), reopened=True)
     training = patch.meta.training
     if training is None or training.data_digest != data_digest(build.pairs.train):
         raise DataError(
             f"the pairs in {config.pairs} do not give the training data of this patch; "
             "name the file that it was built from with --pairs."
+        )
+    if has_other_body(patch.meta.base, build.model, build.base.body):
+        raise RunError(
+            f"{config.base} has the embedding of the base that this patch was trained on, and other weights behind it: "
+            "give --base the one it was trained on, or measure the patch on this one with --alone."
         )
     patch.check(build.model, build.tokenizer)
     return build

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from ksl_patch.evidence import CONTROLS, Evaluation, Sample, SystemScores
 from ksl_patch.hf import end_token_id
 from ksl_patch.patch import Patch
 from ksl_patch.train.build import Build
-from ksl_patch.train.data import Encoded, Pair, encode
-from ksl_patch.train.evaluate import Outputs, Scorer, run
+from ksl_patch.train.data import Encoded, Pair, distinct, encode, seen
+from ksl_patch.train.evaluate import Cache, Outputs, Scorer, run, token_limit
 from ksl_patch.train.progress import Reporter
 
 _SAMPLES = 6
@@ -36,7 +35,8 @@ def make_systems(
     """The systems to evaluate, by name and training seed: the patch, the tuned embedding, the controls.
 
     The first seed is the patch's own; the build trains what is not in its run folder yet. Without a build there is
-    the patch, and the random change. A control has as many rows as the patch of its seed, and the same training.
+    the patch, and the random change. A control has as many rows as the patch of its seed, and the same training. A
+    system is there with every seed, or not at all.
     """
     own = patch.meta.training.seed if patch.meta.training else 0
     if build is None:
@@ -44,25 +44,37 @@ def make_systems(
             raise RunError("several training seeds need the run folder of the patch's build.")
         return {"patch": {own: patch}} | ({"noise": {own: noise_patch(patch, own)}} if "noise" in controls else {})
     systems: dict[str, dict[int, Patch]] = {}
-    selection = build.config.selection
-    for seed in range(own, own + seeds):
-        seeded = build if seed == own else build.seeded(seed)
+    selection = "given" if build.config.rows else build.config.selection
+    builds = {seed: build if seed == own else build.seeded(seed) for seed in range(own, own + seeds)}
+    if selection in ("ks", "l2") or build.config.mode == "transfer":
+        for seed, seeded in builds.items():
+            if seed != own:
+                seeded.embedding()  # its ticket comes from there
+    without = [seed for seed, seeded in builds.items() if not seeded.is_embedding_tuned]
+    if without:
+        build.reporter.note(
+            "left_out",
+            f"the tuned embedding is left out, and so is the control l2, which is chosen from it: {build.run} has none "
+            f"for the seed {', '.join(map(str, without))}. "
+            + (
+                f"The selection {selection!r} needs none; `ksl-patch build --selection ks` with the same settings "
+                "there makes it."
+                if selection not in ("ks", "l2") and build.config.mode != "transfer"
+                else "It was deleted, or the base, the pairs or the template are other ones than it was tuned with."
+            ),
+            seeds=without,
+        )
+    for seed, seeded in builds.items():
         this = patch if seed == own else seeded.patch_of(seeded.ticket())
         made = {"patch": this}
         k = len(this.token_ids)
         for name in ("frequency", "random"):
             if name in controls and name != selection:
                 made[name] = seeded.patch_of(seeded.ticket(name, k))  # type: ignore[arg-type]
-        if seeded.is_embedding_tuned:
+        if not without:
             made["embedding"] = seeded.embedding_patch()
             if "l2" in controls and selection != "l2":
                 made["l2"] = seeded.patch_of(seeded.ticket("l2", k))
-        else:
-            build.reporter.note(
-                "left_out",
-                "the run folder has no tuned embedding, since the selection needs none: it is left out, and so is the "
-                "control l2, which is chosen from it",
-            )
         if "noise" in controls:
             made["noise"] = noise_patch(this, seed)
         for name, system in made.items():
@@ -77,15 +89,20 @@ def evaluate(
     systems: dict[str, dict[int, Patch]],
     reporter: Reporter,
     *,
-    max_new_tokens: int = 128,
-    cache: Path | None = None,
+    max_new_tokens: int | None = None,
+    cache: Cache | None = None,
     resamples: int = 1000,
+    part: str | None = None,
+    uses: int | None = None,
 ) -> Evaluation:
     """Run every system and the base on held-out pairs, and score them; see `Scorer` for the intervals.
 
-    cache: a folder in which finished runs are kept, so that an evaluation that was cut off continues.
+    max_new_tokens: by default what `token_limit` says. cache: where finished runs are kept, so that an evaluation that
+    was cut off continues. part: which pairs these are (`Evaluation`); uses: how many patches were measured on them.
     """
-    scorer = Scorer(held_out.references, resamples=resamples)
+    own = next(iter(systems["patch"].values()))
+    scorer = Scorer(held_out.references, language=own.meta.language, groups=held_out.groups, resamples=resamples)
+    max_new_tokens = max_new_tokens or token_limit(held_out)
 
     def of(patch: Patch | None) -> Outputs:
         return run(model, tokenizer, held_out, patch, max_new_tokens=max_new_tokens, cache=cache)
@@ -99,15 +116,18 @@ def evaluate(
         for patch in patches.values():
             runs.setdefault(name, []).append(of(patch))
             reporter.step(done := done + 1)
+    for name, patches in systems.items():
         scores.append(
             SystemScores(
                 name=name,
                 rows=[len(patch.token_ids) for patch in patches.values()],
                 seeds=list(patches),
-                figures=scorer.figures(runs[name], base),
+                figures=scorer.figures(runs[name], base, None if name == "patch" else runs["patch"][0]),
             )
         )
     reporter.end()
+    seeds = len(systems["patch"])
+    notes = [*scorer.notes, *_notes(scores, scorer, seeds, part, uses), *limit_notes(held_out, max_new_tokens)]
     return Evaluation(
         pairs=len(held_out),
         data_digest=held_out.digest,
@@ -117,7 +137,9 @@ def evaluate(
         confidence=scorer.confidence,
         resamples=scorer.resamples,
         signatures=scorer.signatures,
-        notes=scorer.notes,
+        notes=notes,
+        part=part,
+        documents=scorer.documents,
         systems=scores,
         samples=[
             Sample(
@@ -131,20 +153,80 @@ def evaluate(
     )
 
 
-def encode_test(patch: Patch, model: Any, tokenizer: Any, pairs: list[Pair], build: Build | None) -> Encoded:
-    """Other pairs than the build's held-out ones, in the patch's template.
+def _notes(scores: Sequence[SystemScores], scorer: Scorer, seeds: int, part: str | None, uses: int | None) -> list[str]:
+    """What the figures do not say by themselves."""
+    level = f"{100 * scorer.confidence:.10g} %"
+    notes = []
+    if seeds > 1:
+        notes.append(
+            f"Values and intervals are those of the patch's own training seed; {seeds} seeds were trained, whose range "
+            "stands beside. An interval over held-out text says nothing of other trainings."
+        )
+    else:
+        notes.append("One training seed: how far another one's patch would be from this was not measured (--seeds).")
+    if scorer.documents is not None:
+        few = ", which is few for it" if scorer.documents < 20 else ""
+        notes.append(f"Intervals resample {scorer.documents} documents{few}, not sentences, which are not independent.")
+    figures = [figure for system in scores for figure in system.figures.values()]
+    intervals = sum((figure.low is not None) + (figure.patch_minus is not None) for figure in figures)
+    notes.append(
+        f"These are {intervals} intervals of {level}, each by itself: about {intervals * (1 - scorer.confidence):.0f} "
+        "of them would miss by chance alone. Say beforehand which one counts."
+    )
+    if part == "dev":
+        notes.append("These are the dev pairs, which choices are made on: figures to publish come from others.")
+    elif uses is not None and uses > 1:
+        notes.append(
+            f"{uses} patches of this run folder were measured on these pairs. If one of them was chosen by that, its "
+            "figures here are too good: choose on the dev pairs (--part dev)."
+        )
+    elif uses == 1:
+        notes.append("This is the first patch of its run folder that these pairs measured.")
+    return notes
 
-    Raises DataError when the build trained on some of them, RunError for a patch without a template.
+
+def limit_notes(held_out: Encoded, max_new_tokens: int) -> list[str]:
+    """What is cut by a limit on new tokens."""
+    longer = sum(len(example.answer) > max_new_tokens for example in held_out.examples)
+    if not longer:
+        return []
+    return [
+        f"{longer} of {len(held_out)} references are longer than the {max_new_tokens} tokens at which outputs are cut "
+        f"(the longest has {held_out.longest_answer}): a right answer to them is cut too. Raise --max-new-tokens."
+    ]
+
+
+def encode_test(
+    patch: Patch, model: Any, tokenizer: Any, pairs: list[Pair], build: Build | None, reporter: Reporter
+) -> Encoded:
+    """Other pairs than the build's held-out ones, in the patch's template; of repeated sources the first.
+
+    Raises DataError when the training read some of them, RunError for a patch without a template.
     """
+    kept = distinct(pairs)
+    if len(kept) < len(pairs):
+        count = len(pairs) - len(kept)
+        reporter.note(
+            "duplicates",
+            f"{count} of the {len(pairs)} test pairs were left out: their source occurs before",
+            pairs=count,
+        )
+    training = patch.meta.training
+    read = 0
+    if training is not None and training.sources is not None:
+        read = seen(training.sources, kept)
+    elif build is not None:
+        trained = {pair.key for pair in build.pairs.train}
+        read = sum(pair.key in trained for pair in kept)
+    if read:
+        raise DataError(
+            f"{read} of the {len(kept)} test pairs were read in the patch's own training, so they say nothing about "
+            "new text; give pairs that no training saw."
+        )
+    if build is None and (training is None or training.sources is None):
+        reporter.note("unchecked", "the patch does not say what it was trained on: it may have seen the test pairs")
     if build is not None:
-        trained = {pair.source for pair in build.pairs.train}
-        seen = sum(pair.source in trained for pair in pairs)
-        if seen:
-            raise DataError(
-                f"{seen} of the {len(pairs)} test pairs are in the patch's own training data, so they say nothing "
-                "about new text; give pairs that no training saw."
-            )
-        return build.encode(pairs, "test")
+        return build.encode(kept, "test")
     if patch.meta.template is None:
         raise RunError("the patch names no prompt template, so there is nothing to put the sentences into.")
-    return encode(patch.meta.template, pairs, tokenizer, end_token_id(model, tokenizer), 2**20)
+    return encode(patch.meta.template, kept, tokenizer, end_token_id(model, tokenizer), 2**20)

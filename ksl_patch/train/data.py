@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import hashlib
 import json
-import random
-from collections.abc import Iterable, Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +25,29 @@ IGNORED = -100  # transformers' label of a position without loss
 
 
 class Pair(NamedTuple):
-    """A sentence and its translation."""
+    """A sentence and its translation.
+
+    group: what it is part of, such as a document; empty for nothing. fields: names and values of what else its
+    prompt needs.
+    """
 
     source: str
     target: str
+    group: str = ""
+    fields: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The source by which pairs are the same: without regard to case, white space and compatible characters."""
+        return " ".join(unicodedata.normalize("NFKC", self.source).casefold().split())
+
+    def prompt(self, template: TemplateMeta) -> str:
+        """The pair's prompt in a template."""
+        return template.render(self.source, **dict(self.fields))
 
 
 class Example(NamedTuple):
-    """A pair as token ids: the rendered prompt, then the answer with its end-of-sequence token."""
+    """A pair as token ids: the rendered prompt, then the answer with the token that ends it."""
 
     prompt: list[int]
     answer: list[int]
@@ -51,6 +68,17 @@ class Encoded:
         return Encoded(self.pairs[:n], self.examples[:n])
 
     @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest reference, with its end."""
+        return max(len(example.answer) for example in self.examples)
+
+    @property
+    def groups(self) -> list[str] | None:
+        """The document of each pair; None where they have none."""
+        groups = [pair.group for pair in self.pairs]
+        return groups if any(groups) else None
+
+    @property
     def references(self) -> list[str]:
         """The translations to compare with."""
         return [pair.target for pair in self.pairs]
@@ -63,19 +91,39 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs for training and held-out pairs; no source sentence occurs twice."""
+    """Pairs for training, for choices between patches (dev), and for the figures (held_out); no source occurs twice.
+
+    duplicates: how many were left out since their source occurs before. unused: how many of held-out documents were
+    left out of training and measured neither.
+    """
 
     train: list[Pair]
+    dev: list[Pair]
     held_out: list[Pair]
     duplicates: int
+    unused: int
 
 
-def read_pairs(where: str, *, columns: tuple[str, str] = ("source", "target")) -> list[Pair]:
+class Columns(NamedTuple):
+    """Names of the columns of pairs: the two sentences, the document, and what else a prompt needs."""
+
+    source: str = "source"
+    target: str = "target"
+    group: str | None = None
+    fields: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """All of them."""
+        return [self.source, self.target, *([] if self.group is None else [self.group]), *self.fields]
+
+
+def read_pairs(where: str, columns: Columns = Columns()) -> list[Pair]:  # noqa: B008 - immutable
     """Read pairs from a .jsonl or .tsv file, or from a Hugging Face dataset.
 
-    JSONL: one object a line with the two columns. TSV: source, tab, target; a first line with the column
-    names is a header. Dataset: `id[:config[:split]]` with the columns, or with a `translation` column as
-    the OPUS sets have. Raises DataError that names the line.
+    JSONL: one object a line with the columns. TSV: source, tab, target; or any columns under a first line with their
+    names. Dataset: `id[:config[:split]]` with the columns, or with a `translation` column as the OPUS sets have.
+    Raises DataError that names the line.
     """
     path = Path(where)
     if path.is_file():
@@ -95,27 +143,93 @@ def read_pairs(where: str, *, columns: tuple[str, str] = ("source", "target")) -
     return pairs
 
 
-def split_pairs(pairs: Sequence[Pair], *, held_out: int, seed: int, limit: int | None = None) -> Pairs:
-    """Shuffle under a seed, drop repeated sources, set `held_out` pairs aside, keep at most `limit` to train.
+def distinct(pairs: Iterable[Pair]) -> list[Pair]:
+    """The first pair of each source; see `Pair.key`."""
+    first: dict[str, Pair] = {}
+    for pair in pairs:
+        first.setdefault(pair.key, pair)
+    return list(first.values())
 
-    The held-out pairs depend on the pairs, the seed and their own number alone, not on `limit`.
+
+def split_pairs(
+    pairs: Sequence[Pair], *, held_out: int, dev: int = 0, seed: int = 0, limit: int | None = None
+) -> Pairs:
+    """Drop repeated sources, set `held_out` and `dev` pairs aside, keep at most `limit` to train.
+
+    A hash of a pair's source, or of its document where it has one, says on which side it is: another pair in the file
+    moves no more than itself and one at each border. No document is on two sides.
     """
-    distinct = list({pair.source: pair for pair in reversed(pairs)}.values())
-    distinct.sort()
-    random.Random(seed).shuffle(distinct)
-    if held_out >= len(distinct):
+    kept = distinct(pairs)
+
+    def place(pair: Pair) -> tuple[bytes, bytes]:
+        document = pair.group or pair.key
+        first, then = (hashlib.sha256(f"{seed}\n{text}".encode()).digest() for text in (document, pair.key))
+        return first, then
+
+    kept.sort(key=place)
+    parts: list[list[Pair]] = []
+    begin = 0
+    for wanted in (held_out, dev):
+        end = begin + wanted
+        while wanted and 0 < end < len(kept) and kept[end].group and kept[end].group == kept[end - 1].group:
+            end += 1  # to the end of the document
+        parts.append(kept[begin:end])
+        begin = end
+    if begin >= len(kept):
+        documents = " in whole documents" if any(pair.group for pair in kept) else ""
         raise DataError(
-            f"{held_out} pairs are to be held out, but there are only {len(distinct)} with different sources; "
-            "give more pairs or hold out fewer."
+            f"{held_out} pairs are to be held out and {dev} kept for choices{documents}, but there are only "
+            f"{len(kept)} with different sources; give more pairs or hold out fewer (--held-out, --dev)."
         )
-    return Pairs(train=distinct[held_out:][:limit], held_out=distinct[:held_out], duplicates=len(pairs) - len(distinct))
+    test, choice = parts[0][:held_out], parts[1][:dev]
+    return Pairs(
+        train=kept[begin:][:limit],
+        dev=choice,
+        held_out=test,
+        duplicates=len(pairs) - len(kept),
+        unused=begin - len(test) - len(choice),
+    )
+
+
+def reading_order(pairs: int, reads: int, seed: int) -> list[int]:
+    """Which pair each of `reads` reads takes: all of them in a random order, then in another; a shorter one's is a
+    longer one's beginning.
+    """
+    random = np.random.default_rng(seed)
+    passes: Iterator[list[int]] = (random.permutation(pairs).tolist() for _ in range(-(-reads // pairs)))
+    return list(islice(chain.from_iterable(passes), reads))
+
+
+_SKETCH, _HASH = 1024, 5  # hashes that are kept, and bytes of each
+
+
+def _hashes(pairs: Iterable[Pair]) -> list[bytes]:
+    return [hashlib.sha256(pair.key.encode()).digest()[:_HASH] for pair in pairs]
+
+
+def sketch(pairs: Iterable[Pair]) -> str:
+    """Hashes of the pairs' sources, 5 bytes each, in base64: all of up to 1,024, else the smallest 1,024."""
+    return base64.b64encode(b"".join(sorted(set(_hashes(pairs)))[:_SKETCH])).decode()
+
+
+def seen(kept: str, pairs: Iterable[Pair]) -> int:
+    """How many pairs have a source of which `kept` is the sketch; at least so many where it is of more than 1,024.
+
+    Raises DataError when it is no sketch.
+    """
+    try:
+        content = base64.b64decode(kept, validate=True)
+    except ValueError as error:
+        raise DataError(f"the patch's hashes of its training sentences cannot be read ({error}).") from error
+    known = {content[i : i + _HASH] for i in range(0, len(content), _HASH)}
+    return sum(each in known for each in _hashes(pairs))
 
 
 def data_digest(pairs: Iterable[Pair]) -> str:
     """sha256 over the pairs in their order."""
     digest = hashlib.sha256()
     for pair in pairs:
-        digest.update(json.dumps([pair.source, pair.target]).encode() + b"\n")
+        digest.update(json.dumps([pair.source, pair.target, *map(list, pair.fields)]).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -128,12 +242,17 @@ def language_name(tag: str) -> str:
     return str(langcodes.get(tag).display_name("en"))
 
 
-def make_template(kind: str, *, source_language: str, language: str, tokenizer: Any) -> TemplateMeta:
+def make_template(
+    kind: str, *, source_language: str, language: str, tokenizer: Any, system: str | None = None
+) -> TemplateMeta:
     r"""The prompt template: "plain", "chat" (the model's own chat template), or a text with `{source}`.
 
-    In a text of one's own, `\n` stands for a line break.
+    In a text of one's own, `\n` stands for a line break, and any other `{name}` for a column of the pairs.
+    system: a chat's system prompt, which may name columns too.
     """
     source, target = language_name(source_language), language_name(language)
+    if system is not None and kind != "chat":
+        raise RunError("a system prompt is for the chat template: add --template chat, or put it into the template.")
     if kind == "plain":
         return TemplateMeta(
             text=f"Translate this sentence from {source} to {target}.\n{source}: {{source}}\n{target}:", chat=False
@@ -142,23 +261,48 @@ def make_template(kind: str, *, source_language: str, language: str, tokenizer: 
         text = kind.replace("\\n", "\n")
         if text.count("{source}") != 1:
             raise RunError("a template of your own must contain '{source}' exactly once, where the sentence goes.")
-        return TemplateMeta(text=text, chat=False)
+        return TemplateMeta(text=text, chat=False, fields=_fields(text) or None)
     if not getattr(tokenizer, "chat_template", None):
         raise RunError("this base has no chat template; use the plain template or a text of your own.")
-    instruction = f"Translate this sentence from {source} to {target}.\n{{source}}"
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": instruction}], tokenize=False, add_generation_prompt=True
-    )
-    return TemplateMeta(text=text, chat=True)
+    messages = [] if system is None else [{"role": "system", "content": system.replace("\\n", "\n")}]
+    messages.append({"role": "user", "content": f"Translate this sentence from {source} to {target}.\n{{source}}"})
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        end = turn_end(tokenizer)
+    except Exception as error:  # the template's own words, in an exception of jinja's or of another kind
+        raise RunError(f"this base's chat template refuses the messages ({error}).") from error
+    if any(message["content"].strip() not in text for message in messages) or text.count("{source}") != 1:
+        raise RunError(
+            "this base's chat template does not keep the messages as they are (it may know no system prompt); "
+            "use a text of your own."
+        )
+    end = None if end == tokenizer.eos_token_id else end
+    return TemplateMeta(text=text, chat=True, fields=_fields(system or "") or None, end_token_id=end)
+
+
+def _fields(text: str) -> list[str]:
+    return [name for name in dict.fromkeys(re.findall(r"\{([A-Za-z_][A-Za-z0-9_]*)\}", text)) if name != "source"]
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The token that the chat template puts after an assistant's turn; None where it is no special token."""
+    answer = "ksl-patch"
+    messages = [{"role": "user", "content": "text"}, {"role": "assistant", "content": answer}]
+    after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)[2]
+    special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((i for i in tokenizer(after, add_special_tokens=False).input_ids if i in special), None)
 
 
 def encode(template: TemplateMeta, pairs: Sequence[Pair], tokenizer: Any, end: int, max_length: int) -> Encoded:
     """Token ids of each pair; pairs longer than `max_length` tokens are left out.
 
     The prompt is tokenised exactly as it will be at generation; the answer is what follows it when prompt
-    and target are tokenised together, wherever the tokenizer keeps the prompt's own tokens apart.
+    and target are tokenised together, wherever the tokenizer keeps the prompt's own tokens apart, and `end` unless
+    the template names another.
     """
-    prompts = [template.render(pair.source) for pair in pairs]
+    end = end if template.end_token_id is None else template.end_token_id
+    prompts = [pair.prompt(template) for pair in pairs]
     # An answer stands off by a space where the prompt does not end in white space: "Spanish:" -> " Hola".
     gap = "" if template.text[-1:].isspace() or template.chat else " "
     texts = [prompt + gap + pair.target for prompt, pair in zip(prompts, pairs, strict=True)]
@@ -180,12 +324,19 @@ def encode(template: TemplateMeta, pairs: Sequence[Pair], tokenizer: Any, end: i
     return Encoded(kept, examples)
 
 
-def token_counts(examples: Iterable[Example], vocab_size: int) -> np.ndarray:
-    """How often each token id is an input in training: int64 [V]."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for example in examples:
-        # The last token is only ever predicted.
-        counts += np.bincount(example.prompt + example.answer[:-1], minlength=vocab_size)
+def token_counts(examples: Iterable[Example], vocab_size: int, *, prompt_only: bool = False) -> np.ndarray:
+    """How often each token id is an input where a patch acts: int64 [V]. prompt_only: of scope "prompt".
+
+    Raises DataError for an id that the table has no row for.
+    """
+    # The last token is only ever predicted.
+    inputs = ([*e.prompt, *(() if prompt_only else e.answer[:-1])] for e in examples)
+    counts = np.bincount(np.fromiter(chain.from_iterable(inputs), dtype=np.int64), minlength=vocab_size)
+    if len(counts) > vocab_size:
+        raise DataError(
+            f"the tokenizer gives token {len(counts) - 1}, and the base's table has {vocab_size} rows: the tokenizer "
+            "is not this base's."
+        )
     return counts
 
 
@@ -203,22 +354,25 @@ def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _pair(record: Any, columns: tuple[str, str], where: str) -> Pair:
-    if not isinstance(record, dict) or not set(columns) <= record.keys():
+def _pair(record: Any, columns: Columns, where: str) -> Pair:
+    if not isinstance(record, dict) or not set(columns.names) <= record.keys():
         found = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{where}: expected the columns {columns[0]!r} and {columns[1]!r}, found {found}.")
-    pair = Pair(*(record[column] for column in columns))
-    return _checked(pair, where)
-
-
-def _checked(pair: Pair, where: str) -> Pair:
-    if not all(isinstance(text, str) and text.strip() for text in pair):
+        expected = ", ".join(map(repr, columns.names))
+        raise DataError(f"{where}: expected the columns {expected}, found {found}.")
+    source, target = record[columns.source], record[columns.target]
+    if not all(isinstance(text, str) and text.strip() for text in (source, target)):
         raise DataError(f"{where}: source and target must both be text that is not empty.")
-    return Pair(pair.source.strip(), pair.target.strip())
+    group = "" if columns.group is None else record[columns.group]
+    fields = tuple((name, record[name]) for name in columns.fields)
+    if isinstance(group, int):
+        group = str(group)
+    if not all(isinstance(text, str) for text in (group, *(text for _, text in fields))):
+        raise DataError(f"{where}: what is in the columns {', '.join(map(repr, columns.names[2:]))} must be text.")
+    return Pair(source.strip(), target.strip(), group, fields)
 
 
-def _read_jsonl(path: Path, columns: tuple[str, str]) -> Iterable[Pair]:
-    with path.open(encoding="utf-8") as lines:
+def _read_jsonl(path: Path, columns: Columns) -> Iterable[Pair]:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -230,22 +384,28 @@ def _read_jsonl(path: Path, columns: tuple[str, str]) -> Iterable[Pair]:
             yield _pair(record, columns, where)
 
 
-def _read_tsv(path: Path, columns: tuple[str, str]) -> Iterable[Pair]:
-    with path.open(encoding="utf-8", newline="") as lines:
+def _read_tsv(path: Path, columns: Columns) -> Iterable[Pair]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        names = [columns.source, columns.target]
         try:
             for number, fields in enumerate(reader, start=1):
-                if not fields or (number == 1 and tuple(fields) == columns):
-                    continue
                 where = f"{path}, line {number}"
-                if len(fields) != 2:
-                    raise DataError(f"{where}: expected source, tab, target; found {len(fields)} fields.")
-                yield _checked(Pair(*fields), where)
+                if number == 1 and (set(names) <= set(fields) or columns.names != names):
+                    if not set(columns.names) <= set(fields):
+                        expected = ", ".join(map(repr, columns.names))
+                        raise DataError(f"{where}: expected a line with the columns' names {expected}, found {fields}.")
+                    names = fields
+                elif fields:
+                    if len(fields) != len(names):
+                        what = "source, tab, target" if len(names) == 2 else f"{len(names)} fields"
+                        raise DataError(f"{where}: expected {what}; found {len(fields)} fields.")
+                    yield _pair(dict(zip(names, fields, strict=True)), columns, where)
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num}: {error}.") from error
 
 
-def _read_dataset(where: str, columns: tuple[str, str]) -> Iterable[Pair]:
+def _read_dataset(where: str, columns: Columns) -> Iterable[Pair]:
     try:
         import datasets
     except ImportError as error:
@@ -262,4 +422,4 @@ def _read_dataset(where: str, columns: tuple[str, str]) -> Iterable[Pair]:
     for number, record in enumerate(data, start=1):
         # OPUS sets hold {"translation": {"en": ..., "es": ...}}.
         inner = record.get("translation")
-        yield _pair(inner if isinstance(inner, dict) else record, columns, f"{where}, row {number}")
+        yield _pair(record | inner if isinstance(inner, dict) else record, columns, f"{where}, row {number}")

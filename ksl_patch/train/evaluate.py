@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import socket
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from ksl_patch.base import dtype_name
-from ksl_patch.evidence import Figure
+from ksl_patch.evidence import Difference, Figure
 from ksl_patch.hf import Completion, PatchHandle, attach, generate
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch, write_atomically
@@ -40,6 +41,28 @@ class Outputs:
     losses: list[float]
     tokens: list[int]
     token_ids: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder where outputs are kept and found again, by all that they depend on. base: the model's `model_digest`."""
+
+    folder: Path
+    base: str
+
+    def file(self, *key: Any) -> Path:
+        """The file of a result that depends on the key besides."""
+        text = json.dumps([_OUTPUTS, self.base, *key])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+_OUTPUTS = 2  # counts what the form or the meaning of kept outputs was
+
+
+def token_limit(held_out: Encoded) -> int:
+    """How many tokens an output may have by default: half as many again as the longest reference, at least 32."""
+    return max(32, 16 * math.ceil(1.5 * held_out.longest_answer / 16))
 
 
 @torch.no_grad()
@@ -81,14 +104,18 @@ def translate(
     examples: Sequence[Example],
     patch: Patch | None,
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int,
     batch_size: int = 16,
 ) -> list[Completion]:
-    """Greedy output for the prompt of each example, with a patch or, for None, the base."""
+    """Greedy output for the prompt of each example, with a patch or, for None, the base.
+
+    What ends the examples' answers ends an output too.
+    """
     prompts = [example.prompt for example in examples]
     return generate(
-        model, tokenizer, prompts, [patch] * len(prompts), max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
+        model, tokenizer, prompts, [patch] * len(prompts), max_new_tokens=max_new_tokens, batch_size=batch_size,
+        ends=[example.answer[-1] for example in examples],
+    )  # fmt: skip
 
 
 def run(
@@ -97,22 +124,16 @@ def run(
     held_out: Encoded,
     patch: Patch | None,
     *,
-    max_new_tokens: int = 128,
-    cache: Path | None = None,
+    max_new_tokens: int,
+    cache: Cache | None = None,
 ) -> Outputs:
-    """What the model does with a patch, or, for None, by itself.
-
-    cache: a folder where results are kept and found again, by all that they depend on.
-    """
+    """What the model does with a patch, or, for None, by itself."""
     file = None
     if cache is not None:
-        key = [
+        file = cache.file(
             patch.digest if patch else None, dtype_name(model.dtype), model.device.type, max_new_tokens,
             held_out.digest, held_out.examples,
-        ]  # fmt: skip
-        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        cache.mkdir(parents=True, exist_ok=True)
-        file = cache / f"{name}.json"
+        )  # fmt: skip
         if file.is_file():
             return Outputs(**json.loads(file.read_bytes()))
     with attach(model) as handle:
@@ -148,33 +169,65 @@ class Scorer:
 
     Each system's figures come from sums of per-sentence statistics, so a resampled corpus is a weighted sum: the
     same `resamples` draws of sentences serve every system and metric (Koehn, "Statistical significance tests for
-    machine translation evaluation", EMNLP 2004). chrF++ and BLEU are sacrebleu's own.
+    machine translation evaluation", EMNLP 2004). chrF++ and BLEU are sacrebleu's own. The first line of an output is
+    compared with the first line of its reference.
 
-    signatures: sacrebleu's, by metric. notes: what was done otherwise than one would expect.
+    language: of the references, which decides how BLEU cuts text into words. groups: the document of each reference;
+    documents are drawn then instead of sentences, since those of one document are no independent examples.
+    signatures: sacrebleu's, by metric. documents: how many are drawn. notes: what was done otherwise than one expects.
     """
 
     def __init__(
-        self, references: Sequence[str], *, resamples: int = 1000, confidence: float = 0.95, seed: int = 12345
+        self,
+        references: Sequence[str],
+        *,
+        language: str | None = None,
+        groups: Sequence[str] | None = None,
+        resamples: int = 1000,
+        confidence: float = 0.95,
+        seed: int = 12345,
     ) -> None:
         from sacrebleu.metrics import CHRF
 
-        self._references = [list(references)]
+        self._references = {"": list(references), "_first_line": [first_line(text) for text in references]}
         self.confidence, self.resamples = confidence, resamples
         n = len(references)
+        # A pair without a document is one by itself.
+        names = [group or f"\n{i}" for i, group in enumerate(groups or [""] * n)]
+        units, unit = np.unique(names, return_inverse=True)
+        self.documents = None if groups is None else len(units)
         # How often each sentence is drawn, [resamples, n]; the first line is the corpus itself.
-        draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+        u = len(units)
+        draws = np.random.default_rng(seed).multinomial(u, np.full(u, 1 / u), size=resamples)[:, unit]
         self._draws = np.vstack([np.ones(n, dtype=np.int64), draws])
-        bleu, self.notes = _bleu()
+        self._known: list[tuple[Outputs, dict[str, np.ndarray]]] = []
+        bleu, self.notes = _bleu(language)
         self._text_metrics = {"chrf": CHRF(word_order=2), "bleu": bleu}
         self.signatures = {}
         for name, metric in self._text_metrics.items():
-            metric.corpus_score([""] * n, self._references)  # the signature knows the number of references then
+            metric.corpus_score([""] * n, [self._references[""]])  # the signature knows the number of references then
             self.signatures[name] = str(metric.get_signature())
 
-    def figures(self, runs: Sequence[Outputs], base: Outputs) -> dict[str, Figure]:
-        """Every metric of a system: one run for each training seed, and the base's run on the same pairs."""
+    def figures(self, runs: Sequence[Outputs], base: Outputs, patch: Outputs | None = None) -> dict[str, Figure]:
+        """Every metric of a system: one run for each training seed, the patch's own first.
+
+        base, patch: what those two did on the same pairs; without the latter there is no difference from the patch.
+        """
         per_run, of_base = [self._resampled(outputs) for outputs in runs], self._resampled(base)
-        return {name: self._figure([scores[name] for scores in per_run], of_base[name]) for name in of_base}
+        of_patch = None if patch is None else self._resampled(patch)
+        found = {}
+        for name, scores in of_base.items():
+            own = per_run[0][name]
+            gain = self._difference(own, scores)
+            found[name] = Figure(
+                value=float(own[0]),
+                difference=gain.value,
+                low=gain.low,
+                high=gain.high,
+                per_seed=[float(each[name][0]) for each in per_run],
+                patch_minus=None if of_patch is None else self._difference(of_patch[name], own),
+            )
+        return found
 
     def of_base(self, base: Outputs) -> dict[str, Figure]:
         """The base's own figures, which have no difference."""
@@ -183,46 +236,62 @@ class Scorer:
             for name, scores in self._resampled(base).items()
         }
 
-    def _figure(self, scores: list[np.ndarray], base: np.ndarray) -> Figure:
-        mean = np.mean(scores, axis=0)
-        difference = mean - base
+    def _difference(self, one: np.ndarray, other: np.ndarray) -> Difference:
+        difference = one - other
         tail = (1 - self.confidence) / 2
         low, high = np.quantile(difference[1:], [tail, 1 - tail])
-        return Figure(
-            value=float(mean[0]),
-            difference=float(difference[0]),
-            low=float(low),
-            high=float(high),
-            per_seed=[float(each[0]) for each in scores],
-        )
+        return Difference(value=float(difference[0]), low=float(low), high=float(high))
 
     def _resampled(self, outputs: Outputs) -> dict[str, np.ndarray]:
         """Each metric on the corpus and on every resampled one, float64 [1 + resamples]."""
+        for known, scores in self._known:
+            if known is outputs:
+                return scores
         lines = [first_line(text) for text in outputs.texts]
 
         def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> np.ndarray:
             return np.asarray((self._draws @ numerator) / (self._draws @ denominator))
 
         one = [1.0] * len(outputs.texts)
-        return {
+        found = {
             "loss": ratio(outputs.losses, outputs.tokens),
             "chrf": self._text("chrf", outputs.texts),
-            "chrf_first_line": self._text("chrf", lines),
+            "chrf_first_line": self._text("chrf", lines, "_first_line"),
             "bleu": self._text("bleu", outputs.texts),
-            "bleu_first_line": self._text("bleu", lines),
+            "bleu_first_line": self._text("bleu", lines, "_first_line"),
             "stop_rate": ratio([float(stopped) for stopped in outputs.stopped], one),
             "characters": ratio([float(len(text)) for text in outputs.texts], one),
         }
+        self._known.append((outputs, found))
+        return found
 
-    def _text(self, name: str, texts: list[str]) -> np.ndarray:
+    def _text(self, name: str, texts: list[str], part: str = "") -> np.ndarray:
         metric = self._text_metrics[name]
         # What sacrebleu's own significance tests are made of.
-        statistics = np.array(metric._extract_corpus_statistics(texts, self._references))
+        statistics = np.array(metric._extract_corpus_statistics(texts, [self._references[part]]))
         return np.array([metric._compute_score_from_stats(sums.tolist()).score for sums in self._draws @ statistics])
 
 
-def _bleu() -> tuple[Any, list[str]]:
-    """BLEU over Flores' pieces (spBLEU) where their model can be had, else over 13a's words and with a note."""
+# How BLEU cuts text that puts no spaces between its words, or is not to be cut at them: sacrebleu's tokenizers. The
+# morphological ones are packages of their own, without which characters are counted.
+_WORDS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+_NO_SPACES = ("bo", "dz", "km", "lo", "my", "shn", "th", "yue", "wuu")
+
+
+def _words(language: str | None) -> tuple[Any, list[str]]:
+    from sacrebleu.metrics import BLEU
+
+    tag = (language or "").split("-")[0].lower()
+    name = _WORDS.get(tag, "char" if tag in _NO_SPACES else "13a")
+    try:
+        return BLEU(tokenize=name), []
+    except RuntimeError:
+        note = f"BLEU is over characters, since sacrebleu's tokenizer for {tag} is not installed: pip install "
+        return BLEU(tokenize="char"), [f"{note}'sacrebleu[{tag}]'."]
+
+
+def _bleu(language: str | None) -> tuple[Any, list[str]]:
+    """BLEU over Flores' pieces (spBLEU) where their model can be had, else over the language's words, with a note."""
     from sacrebleu.metrics import BLEU
     from sacrebleu.utils import SACREBLEU_DIR
 
@@ -235,9 +304,12 @@ def _bleu() -> tuple[Any, list[str]]:
         return BLEU(tokenize="flores200"), []
     except (Exception, SystemExit) as error:  # a network's many, and sacrebleu's own exit
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return BLEU(), [
-            f"BLEU is over 13a's words, not spBLEU: its tokenizer model, which sacrebleu downloads, is not at hand "
-            f"({reason})."
+        bleu, notes = _words(language)
+        name = bleu.get_signature().info["tok"]
+        return bleu, [
+            f"BLEU's words are those of sacrebleu's tokenizer {name}; it is not spBLEU, whose tokenizer model, which "
+            f"sacrebleu downloads, is not at hand ({reason}).",
+            *notes,
         ]
     finally:
         socket.setdefaulttimeout(timeout)

@@ -19,10 +19,14 @@ _STAGE = re.compile(r"[a-z]+-[0-9a-f]+")
 
 @dataclass(frozen=True)
 class Record:
-    """config: the fields of the BuildConfig. tests: the stage's folder with `ks.npz`; None without a test."""
+    """config: the fields of the BuildConfig. tests: the stage's folder with `ks.npz`; None without a test.
+
+    processes: how many trained together.
+    """
 
     config: dict[str, Any]
     tests: str | None
+    processes: int = 1
 
 
 def write_record(run: Path, digest: str, record: Record) -> None:
@@ -46,7 +50,8 @@ def read_record(run: Path, digest: str) -> Record:
         record = Record(**json.loads(file.read_bytes()))
         if record.tests is not None and not _STAGE.fullmatch(record.tests):
             raise ValueError(f"{record.tests!r} is not a stage's folder")
-        record.config["columns"] = tuple(record.config["columns"])
+        for name in ("columns", "rows"):
+            record.config[name] = tuple(record.config.get(name, ()))
     except FileNotFoundError as error:
         raise RunError(
             f"there is no record of this patch ({digest[:12]}) in {run}: name the folder that its build kept "
@@ -55,6 +60,23 @@ def read_record(run: Path, digest: str) -> Record:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"cannot read the record of the build in {file} ({error}).") from error
     return record
+
+
+def note_use(run: Path, pairs: str, patch: str) -> int:
+    """Remember that a patch was measured on pairs, both by digest; on how many different patches they were used here.
+
+    Raises RunError.
+    """
+    file = run / "uses.json"
+    try:
+        uses = json.loads(file.read_bytes()) if file.is_file() else {}
+        found = uses.setdefault(pairs, [])
+        if patch not in found:
+            found.append(patch)
+            keep(file, json.dumps(uses, indent=1).encode())
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunError(f"cannot read {file} ({error}): delete it, and it begins anew.") from error
+    return len(found)
 
 
 def read_tests(file: Path) -> dict[str, np.ndarray]:

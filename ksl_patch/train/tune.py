@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from ksl_patch.bank import SlotRows
 from ksl_patch.base import find_embedding
 from ksl_patch.errors import RunError
 from ksl_patch.overlay import training
-from ksl_patch.patch import Side, write_atomically
-from ksl_patch.train.data import Example, collate
+from ksl_patch.patch import Scope, Side, write_atomically
+from ksl_patch.train.data import Example, collate, reading_order
 from ksl_patch.train.progress import Reporter
 
 _COMPLETE = "complete"
@@ -25,7 +26,11 @@ _COMPLETE = "complete"
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings:
-    """How a stage trains. lr is absolute; batch_size counts examples per step and process."""
+    """How a stage trains. lr is absolute; batch_size counts examples per step and process.
+
+    damp_rare: Adam's epsilon is then the size of an average number's gradient when all are clipped to norm 1, so that
+    a row which few examples touch moves in proportion to its gradient; plain Adam moves it as far as any other.
+    """
 
     steps: int
     lr: float
@@ -33,8 +38,26 @@ class TuneSettings:
     accumulate: int
     seed: int
     checkpoint_every: int
+    processes: int = 1
     gradient_checkpointing: bool = False
     damp_rare: bool = False
+
+    def order(self, examples: int) -> list[int]:
+        """Which of so many examples each read takes: steps x batch_size x accumulate x processes of them."""
+        return reading_order(examples, self.steps * self.batch_size * self.accumulate * self.processes, self.seed)
+
+    def optimiser(self, numbers: int) -> dict[str, float | str | bool]:
+        """The optimiser's hyper-parameters for so many trained numbers, by transformers' names for them."""
+        return {
+            "optim": "adamw_torch",
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.95,
+            "adam_epsilon": numbers**-0.5 if self.damp_rare else 1e-8,
+            "max_grad_norm": 1.0,
+            "weight_decay": 0.0,  # decay would move rows that no example has
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 0,
+        }
 
 
 def tune_rows(
@@ -44,6 +67,7 @@ def tune_rows(
     settings: TuneSettings,
     *,
     side: Side,
+    scope: Scope = "all",
     folder: Path,
     stage: str,
     reporter: Reporter,
@@ -63,12 +87,13 @@ def tune_rows(
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     base_rows = find_embedding(model).weight.detach()[token_ids.to(model.device)].float()
-    slot = SlotRows(token_ids, base_rows, output=side == "input+output")
-    with training(model, slot) as trained:
+    slot = SlotRows(token_ids, base_rows, output=side == "input+output", prompt_only=scope == "prompt")
+    with training(model, slot) as trained, _evaluating_after(model):
         trainer = _RowTrainer(
             model=model,
             args=_arguments(settings, folder, model.device, trained.rows.numel()),
-            train_dataset=list(examples),  # type: ignore[arg-type]
+            # In the order of reading, so that which examples were read is known.
+            train_dataset=[examples[i] for i in settings.order(len(examples))],  # type: ignore[arg-type]
             data_collator=lambda batch: collate(batch, pad=0),  # masked and without labels: any id will do
             callbacks=[_Progress(stage, reporter)],
         )
@@ -83,6 +108,15 @@ def tune_rows(
     return rows
 
 
+@contextmanager
+def _evaluating_after(model: Any) -> Iterator[None]:
+    """The Trainer turns dropout on; however it ends, the model is left without."""
+    try:
+        yield
+    finally:
+        model.eval()
+
+
 def _arguments(settings: TuneSettings, folder: Path, device: torch.device, numbers: int) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -90,15 +124,8 @@ def _arguments(settings: TuneSettings, folder: Path, device: torch.device, numbe
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.lr,
-        lr_scheduler_type="linear",
-        warmup_steps=0,
-        weight_decay=0.0,  # decay would move rows that no example has
-        optim="adamw_torch",
-        adam_beta2=0.95,
-        # Gradients are clipped to norm 1, so this is the size of the average number's. A row that few examples
-        # touch then moves in proportion to its gradient; Adam alone would move it as far as any other.
-        adam_epsilon=numbers**-0.5 if settings.damp_rare else 1e-8,
-        max_grad_norm=1.0,
+        train_sampling_strategy="sequential",
+        **settings.optimiser(numbers),
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=device.type == "cpu",
