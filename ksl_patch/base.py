@@ -251,16 +251,16 @@ def identify(model: Any, tokenizer: Any = None) -> BaseIdentity:
         dtype=dtype_name(table.dtype),
         tied=table.tied,
         tokenizer_digest=None if tokenizer is None else tokenizer_digest(tokenizer),
-        body=body_digest(model),
+        body=body_digest(model, table.dtype),
     )
 
 
 @torch.no_grad()
-def body_digest(model: Any) -> str | None:
-    """sha256 over every weight but the table: its name, its shape and up to 256 evenly spaced values, as float32.
+def body_digest(model: Any, dtype: torch.dtype | None = None) -> str | None:
+    """sha256 over every weight but the table: its name, its shape and up to 256 evenly spaced values.
 
-    The digest of float16 and bfloat16 weights is that of the same weights loaded in float32. A merged adapter or a
-    fine-tune changes nearly all of what is sampled. None where weights are offloaded or sharded.
+    dtype: what the values are rounded to before; so the same weights, loaded in a finer dtype, have the same digest. A
+    merged adapter or a fine-tune changes much of what is sampled. None where weights are offloaded or sharded.
     """
     table = getattr(innermost(model.get_input_embeddings()), "weight", None)
     digest = hashlib.sha256()
@@ -275,7 +275,7 @@ def body_digest(model: Any) -> str | None:
         except (RuntimeError, NotImplementedError, TypeError):  # a quantised tensor of a class of its own
             return None
         digest.update(f"{name} {list(weight.shape)}\n".encode())
-        digest.update(tensor_bytes(values.float() if values.is_floating_point() else values))
+        digest.update(tensor_bytes(values.to(dtype).float() if dtype and values.is_floating_point() else values))
     return digest.hexdigest()
 
 
@@ -283,14 +283,14 @@ def has_other_body(identity: BaseIdentity, model: Any, body: str | None = None) 
     """Whether a model with a patch's table has other weights behind it than the patch was made with.
 
     False where that cannot be told: weights in a coarser dtype than the patch's base, quantised, offloaded, or with
-    PEFT's adapters on them. body: the model's `body_digest`, where it is at hand.
+    PEFT's adapters on them. body: the model's `body_digest` in the base's dtype, where it is at hand.
     """
     adapters = _peft_layers()[0] if "peft" in sys.modules else ()
     if identity.body is None or any(isinstance(module, adapters) for module in model.modules()):
         return False
     if not all(dtype_name(p.dtype) in (identity.dtype, "float32") for p in model.parameters()):
         return False
-    body = body or body_digest(model)
+    body = body or body_digest(model, getattr(torch, identity.dtype))
     return body is not None and body != identity.body
 
 

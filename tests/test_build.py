@@ -179,19 +179,3 @@ def test_a_build_killed_in_each_stage_continues_to_the_same_bytes(base_folder, p
     assert events[-1]["digest"] == second.digest == first.digest
     assert dataclasses.replace(second.meta, name="whole") == first.meta
     assert torch.equal(first.rows, second.rows)
-
-
-@pytest.mark.timeout(300)
-def test_two_processes_build_under_accelerate_launch(base_folder, pairs_file, tmp_path):
-    output = tmp_path / "ddp.safetensors"
-    arguments = command(base_folder, pairs_file, output)[1:]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_cpu_threads_per_process", "1"]
-    process = start([*launch, *arguments])
-    out, errors = process.communicate()
-    assert process.returncode == 0, errors
-    events = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    assert [e["event"] for e in events].count("patch") == 1
-    patch = Patch.load(output)
-    assert len(patch.token_ids) == 4
-    assert patch.meta.evaluation["loss_patch"] < patch.meta.evaluation["loss_base"]

@@ -28,7 +28,7 @@ PLAIN = TemplateMeta(text="Translate: {source}\nSpanish:", chat=False)
 def test_jsonl_tsv_and_dataset_give_the_same_pairs(tmp_path):
     pairs = [Pair('She said "hi".', "Dijo «hola»."), Pair("Two\u2028lines", "Dos")]
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(p._asdict(), ensure_ascii=False) for p in pairs) + "\n\n")
-    (tmp_path / "p.tsv").write_text("source\ttarget\n" + "".join(f"{s}\t{t}\n" for s, t in pairs))
+    (tmp_path / "p.tsv").write_text("source\ttarget\n" + "".join(f"{s}\t{t}\n" for s, t, *_ in pairs))
     folder = tmp_path / "dataset"
     folder.mkdir()
     (folder / "train.jsonl").write_text("\n".join(json.dumps(p._asdict()) for p in pairs))

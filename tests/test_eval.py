@@ -16,7 +16,7 @@ from ksl_patch.evidence import Evaluation, read
 from ksl_patch.train.ablate import PLACES, run_at
 from ksl_patch.train.build import Build, BuildConfig, reopen
 from ksl_patch.train.compare import make_systems, noise_patch
-from ksl_patch.train.evaluate import Outputs, Scorer, run
+from ksl_patch.train.evaluate import Cache, Outputs, Scorer, run, token_loss
 from ksl_patch.train.progress import SilentReporter
 
 REFERENCES = ["El gato ve el mar.", "La mano tiene pan.", "El perro ama la casa.", "Un libro."]
@@ -32,6 +32,7 @@ def test_figures_are_sacrebleu_s_own_raw_and_on_the_first_line():
     scorer = Scorer(REFERENCES)
     found = scorer.figures([outputs(BETTER)], outputs(BASE))
     lines = [text.splitlines()[0] for text in BETTER]
+    bleu_words = "sacrebleu's tokenizer 13a; it is not spBLEU"
     for name, metric in (("chrf", CHRF(word_order=2)), ("bleu", BLEU())):
         assert found[name].value == pytest.approx(metric.corpus_score(BETTER, [REFERENCES]).score)
         assert found[f"{name}_first_line"].value == pytest.approx(metric.corpus_score(lines, [REFERENCES]).score)
@@ -43,7 +44,7 @@ def test_figures_are_sacrebleu_s_own_raw_and_on_the_first_line():
     assert found["characters"].value == np.mean([len(text) for text in BETTER])
     assert scorer.of_base(outputs(BASE))["loss"].difference is None
     assert "nw:2" in scorer.signatures["chrf"]
-    assert "13a's words, not spBLEU" in scorer.notes[0]
+    assert bleu_words in scorer.notes[0]
 
 
 def test_spbleu_is_used_where_its_tokenizer_model_is_at_hand(tmp_path, monkeypatch):
@@ -77,9 +78,17 @@ def test_intervals_are_paired_over_sentences_and_seeds_are_averaged():
     mixed = outputs(BASE, [1.0, 9.0, 8.0, 2.0])
     loss = scorer.figures([mixed], base)["loss"]
     assert loss.low < 0 < loss.high
+    # Value and interval are those of the patch's own seed, whatever the others gave.
     both = scorer.figures([shifted, base], base)["loss"]
-    assert both.difference == pytest.approx(-0.25)
+    assert (both.value, both.difference, both.low) == pytest.approx((1.5, -0.5, -0.5))
     assert both.per_seed == pytest.approx([1.5, 2.0])
+    # The patch's lead over a control is paired too: two intervals may overlap where it has none that holds zero.
+    lead = scorer.figures([mixed], base, shifted)["loss"].patch_minus
+    assert lead.value == pytest.approx(-0.5)
+    tilted = outputs(BASE, [loss - 0.4 * n for loss, n in zip(mixed.losses, mixed.tokens, strict=True)])
+    better = scorer.figures([mixed], base, tilted)["loss"]
+    assert better.low < 0 < better.high
+    assert (better.patch_minus.low, better.patch_minus.high) == pytest.approx((-0.4, -0.4))
 
 
 def test_the_interval_of_a_mean_is_that_of_scipy_s_bootstrap():
@@ -96,7 +105,16 @@ def test_the_interval_of_a_mean_is_that_of_scipy_s_bootstrap():
     assert (loss.low, loss.high) == pytest.approx(tuple(reference), abs=0.08)
 
 
-FAST = {"embed_steps": 20, "embed_lr": 2.0, "steps": 20, "lr": 0.3, "dev": 16, "held_out": 16, "alpha": None, "top_k": 8}
+FAST = {
+    "embed_steps": 20,
+    "embed_lr": 2.0,
+    "steps": 20,
+    "lr": 0.3,
+    "dev": 16,
+    "held_out": 16,
+    "alpha": None,
+    "top_k": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +129,8 @@ def built(base_folder, pairs_file, tmp_path_factory):
 
 def test_what_is_run_is_what_an_overwritten_table_does(built, tmp_path):
     build, patch, _ = built
-    held_out = build.held_out.first(6)
-    found = run(build.model, build.tokenizer, held_out, patch, max_new_tokens=12, cache=tmp_path)
+    held_out, cache = build.held_out.first(6), Cache(tmp_path, "a")
+    found = run(build.model, build.tokenizer, held_out, patch, max_new_tokens=12, cache=cache)
     by_hand = run(overwritten(build.model, patch), build.tokenizer, held_out, None, max_new_tokens=12)
     assert found.token_ids == by_hand.token_ids
     assert found.losses == by_hand.losses
@@ -120,9 +138,11 @@ def test_what_is_run_is_what_an_overwritten_table_does(built, tmp_path):
     # The kept result is used again, and is another one for other settings.
     [file] = tmp_path.iterdir()
     file.write_text(json.dumps(dataclasses.asdict(found) | {"texts": ["kept"] * 6}))
-    again = run(build.model, build.tokenizer, held_out, patch, max_new_tokens=12, cache=tmp_path)
+    again = run(build.model, build.tokenizer, held_out, patch, max_new_tokens=12, cache=cache)
     assert again.texts == ["kept"] * 6
-    assert run(build.model, build.tokenizer, held_out, None, max_new_tokens=12, cache=tmp_path).texts != again.texts
+    assert run(build.model, build.tokenizer, held_out, None, max_new_tokens=12, cache=cache).texts != again.texts
+    other = Cache(tmp_path, "b")  # another base with the same tokenizer
+    assert run(build.model, build.tokenizer, held_out, patch, max_new_tokens=12, cache=other).texts == found.texts
 
 
 def test_a_random_change_has_the_patch_s_norms_and_another_direction(built):
@@ -161,8 +181,13 @@ def test_eval_writes_its_figures_into_the_patch(built):
     assert evaluation.data_digest == build.held_out.digest == json.loads(out)["data_digest"]
     by_name = {system.name: system for system in evaluation.systems}
     assert by_name["patch"].seeds == [0, 1]
-    assert by_name["patch"].figures["loss"].per_seed[0] == pytest.approx(patch.meta.evaluation["loss_patch"], rel=1e-5)
-    assert by_name["base"].figures["loss"].value == pytest.approx(patch.meta.evaluation["loss_base"], rel=1e-5)
+    loss = by_name["patch"].figures["loss"]
+    assert loss.value == loss.per_seed[0] == evaluation.loss_patch
+    assert loss.value == pytest.approx(build.patched_loss(patch, build.held_out), rel=1e-5)
+    assert by_name["base"].figures["loss"].value == pytest.approx(token_loss(build.model, build.held_out.examples))
+    assert by_name["random"].figures["loss"].patch_minus.high < 0
+    assert loss.patch_minus is None
+    assert evaluation.part == "held-out"
     # Trained rows help, and moving the same rows as far anywhere does not: for this tiny model as for the real one.
     assert by_name["patch"].figures["loss"].high < 0
     assert by_name["noise"].figures["loss"].value > by_name["patch"].figures["loss"].value + 0.1
@@ -174,7 +199,7 @@ def test_eval_writes_its_figures_into_the_patch(built):
     assert code == 0, err
     assert "embedding tuning:" not in err.replace("embedding tuning: already done", "")
     assert sorted(file.stat().st_mtime_ns for file in (build.run / "outputs").iterdir()) == before
-    for text in ("16 held-out pairs, 2 training seeds", "most frequent", "95% interval", "Note: BLEU"):
+    for text in ("16 held-out pairs; in brackets", "2 training seeds", "most frequent", "95% interval", "Note: BLEU"):
         assert text in out
 
 
@@ -185,7 +210,7 @@ def test_eval_without_the_run_folder_takes_a_base_and_test_pairs(built, base_fol
     code, _, err = run_cli("eval", lone)
     assert (code, "measure the patch alone with --base M --test G" in err) == (2, True)
     test = tmp_path / "test.tsv"
-    test.write_text("".join("\t".join(pair) + "\n" for pair in build.pairs.held_out[:4]))
+    test.write_text("".join("\t".join(pair[:2]) + "\n" for pair in build.pairs.held_out[:4]))
     target = tmp_path / "measured.safetensors"
     arguments = ("eval", lone, "--base", base_folder, "--test", test, "--max-new-tokens", "8", "-o", target)
     code, _, err = run_cli(*arguments)
@@ -194,16 +219,16 @@ def test_eval_without_the_run_folder_takes_a_base_and_test_pairs(built, base_fol
     assert {system.name for system in evaluation.systems} == {"base", "patch", "noise"}
     assert evaluation.pairs == 4
     assert Patch.load(lone).meta.evaluation == patch.meta.evaluation
-    assert run_cli(*arguments, "--controls", "best")[0] == 2
+    assert run_cli(*arguments, "--force", "--controls", "best")[0] == 2
     test.write_text("one\tuno\n")
-    code, _, err = run_cli(*arguments)
-    assert (code, "fewer than two pairs" in err) == (2, True)
+    code, _, err = run_cli(*arguments, "--force")
+    assert (code, "fewer than two test pairs" in err) == (2, True)
 
 
 def test_pairs_that_were_trained_on_are_refused(built, pairs_file):
     _, _, path = built
     code, _, err = run_cli("eval", path, "--test", pairs_file, "--no-save")
-    assert (code, "in the patch's own training data" in err) == (1, True)
+    assert (code, "were read in the patch's own training" in err) == (1, True)
 
 
 def test_a_build_is_opened_again_only_with_its_own_pairs(built, tmp_path):
@@ -211,7 +236,7 @@ def test_a_build_is_opened_again_only_with_its_own_pairs(built, tmp_path):
     again = reopen(patch, build.run)
     assert (again.config.language, again.pairs) == ("es", build.pairs)
     other = tmp_path / "other.tsv"
-    other.write_text("".join(f"{s}\t{t}\n" for s, t in build.pairs.train[:40]))
+    other.write_text("".join(f"{s}\t{t}\n" for s, t, *_ in build.pairs.train[:40]))
     with pytest.raises(DataError, match="do not give the training data of this patch"):
         reopen(patch, build.run, pairs=str(other))
     [record] = build.run.glob("patch-*.json")
@@ -265,4 +290,4 @@ def test_where_rows_act_needs_an_input_side_patch_and_a_template(built):
     build, patch, _ = built
     bare = patch.with_meta(template=None)
     with pytest.raises(RunError, match="with a template"):
-        run_at(build.model, build.tokenizer, build.held_out, bare, "prompt")
+        run_at(build.model, build.tokenizer, build.held_out, bare, "prompt", max_new_tokens=4)

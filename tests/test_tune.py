@@ -131,3 +131,4 @@ def test_a_loss_that_is_no_number_stops_the_stage(model, examples, tmp_path):
     model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(RunError, match=r"not a number any more at step 1; lower the learning rate"):
         tune(model, examples, tmp_path)
+    assert not model.training

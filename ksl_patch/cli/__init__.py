@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from importlib import import_module
+from typing import Any
 
 import click
 
 from ksl_patch import __version__
-from ksl_patch.errors import KslPatchError
+from ksl_patch.errors import KslPatchError, OtherBodyWarning
 
 _COMMANDS = (
     "add",
@@ -57,8 +59,20 @@ def cli(debug: bool) -> None:
     """Embedding patches: teach one language model another language with a handful of embedding rows."""
 
 
+_others = warnings.showwarning
+
+
+def _say(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning of ours in one line, another's as ever."""
+    if issubclass(category, OtherBodyWarning):
+        click.echo(f"Warning: {message}", err=True)
+    else:
+        _others(message, category, *where, **more)
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 an error in one line on stderr, 2 wrong usage, 130 interrupted."""
+    warnings.showwarning = _say
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if not debug:

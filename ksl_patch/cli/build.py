@@ -179,9 +179,7 @@ def build(output: Path, force: bool, run: Path | None, as_json: bool, **options:
     run = run or output.with_name(output.name + ".run")
 
     try:
-        from accelerate import PartialState
-
-        from ksl_patch.train.build import BuildConfig
+        from ksl_patch.train.build import BuildConfig, launched
         from ksl_patch.train.build import build as build_patch
         from ksl_patch.train.progress import JsonReporter, RichReporter, SilentReporter
     except ImportError as error:
@@ -189,7 +187,7 @@ def build(output: Path, force: bool, run: Path | None, as_json: bool, **options:
             f"building needs the train extra: pip install 'ksl-patch[train]' ({error})."
         ) from error
 
-    leader = PartialState(cpu=options["device"] == "cpu").is_main_process
+    leader = launched(options["device"]).is_main_process
     reporter = (JsonReporter() if as_json else RichReporter()) if leader else SilentReporter()
     with reporter if isinstance(reporter, RichReporter) else nullcontext():
         patch = build_patch(BuildConfig(**options), run, reporter)

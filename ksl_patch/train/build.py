@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ from ksl_patch.train.data import (
     read_pairs,
     sketch,
     split_pairs,
+    template_fields,
     token_counts,
 )
 from ksl_patch.train.evaluate import Cache, token_loss
@@ -172,8 +174,23 @@ class Build:
         self.config, self.run, self.reporter, self._reopened = config, run, reporter, reopened
         if config.scope == "prompt" and config.side != "input":
             raise RunError("scope 'prompt' needs side 'input': the output side acts on what follows the prompt.")
+        fields = template_fields(config.template, config.system)
+        self.pairs = split_pairs(
+            read_pairs(config.pairs, Columns(*config.columns, config.group, tuple(fields))),
+            held_out=config.held_out,
+            dev=config.dev,
+            seed=config.data_seed,
+            limit=config.max_pairs,
+        )
+        for count, what in (
+            (self.pairs.duplicates, "whose source occurs before"),
+            (self.pairs.unused, "of held-out documents beyond what is measured"),
+        ):
+            if count:
+                reporter.note("duplicates", f"{count} pairs {what} were left out", pairs=count)
         # Under a launcher each process has a device of its own.
-        device = config.device or str(PartialState().device)
+        state = launched(config.device)
+        device, self.processes = config.device or str(state.device), state.num_processes
         if loaded is None:
             loaded = Loaded.of(*load_base(config.base, revision=config.revision, device=device))
         self.loaded = loaded
@@ -192,28 +209,11 @@ class Build:
             tokenizer=self.tokenizer,
             system=config.system,
         )
-        self.pairs = split_pairs(
-            read_pairs(config.pairs, self.columns(config.columns)),
-            held_out=config.held_out,
-            dev=config.dev,
-            seed=config.data_seed,
-            limit=config.max_pairs,
-        )
-        for count, what in (
-            (self.pairs.duplicates, "whose source occurs before"),
-            (self.pairs.unused, "of held-out documents beyond what is measured"),
-        ):
-            if count:
-                reporter.note("duplicates", f"{count} pairs {what} were left out", pairs=count)
         self.train = self.encode(self.pairs.train, "training")
         self.dev = self.encode(self.pairs.dev, "dev") if self.pairs.dev else Encoded([], [])
         self.held_out = self.encode(self.pairs.held_out, "held-out") if self.pairs.held_out else Encoded([], [])
         self.created = self._once("created.json", {"created": timestamp()})["created"]
         self._report_learning_rates()
-
-    def columns(self, names: tuple[str, str]) -> Columns:
-        """The columns that the template and the split need, beside those of the two sentences."""
-        return Columns(*names, self.config.group, tuple(self.template.fields or ()))
 
     @property
     def outputs(self) -> Cache:
@@ -252,7 +252,7 @@ class Build:
                 config[name] = str(Path(config[name]).resolve())
         tested = (self._embedding_folder / "ks.npz").is_file()
         tests = self._embedding_folder.name if tested else None
-        write_record(self.run, patch.digest, Record(config, tests, PartialState().num_processes))
+        write_record(self.run, patch.digest, Record(config, tests, self.processes))
         return patch
 
     def seeded(self, seed: int) -> Build:
@@ -398,7 +398,7 @@ class Build:
                 steps=config.steps if partial else 0,
                 lr=config.lr * self.scale if partial else 0.0,
                 optimiser="AdamW, weight decay 0, linear decay",
-                batch_size=config.batch_size * config.accumulate * PartialState().num_processes,
+                batch_size=config.batch_size * config.accumulate * self.processes,
                 seed=config.seed,
                 data_digest=data_digest(self.pairs.train),
                 pairs=len(self.train),
@@ -407,7 +407,7 @@ class Build:
                 embedding_scale=self.scale,
                 pairs_read=len(self.pairs_read_in(config.steps)) if partial else 0,
                 embed_pairs_read=len(self.pairs_read_in(config.embed_steps)) if tuned else 0,
-                processes=PartialState().num_processes,
+                processes=self.processes,
                 hyperparameters=self._hyperparameters(len(ticket), partial, tuned),
                 sources=sketch(read),
             ),
@@ -470,7 +470,7 @@ class Build:
             accumulate=config.accumulate,
             seed=config.seed,
             checkpoint_every=config.checkpoint_every,
-            processes=PartialState().num_processes,
+            processes=self.processes,
             gradient_checkpointing=config.gradient_checkpointing,
             damp_rare=damp_rare,
         )
@@ -506,12 +506,12 @@ class Build:
             "steps": steps,
             "lr": lr,
             "damp_rare": ticket is None and config.damp_rare,
-            "batch": config.batch_size * config.accumulate * PartialState().num_processes,
+            "batch": config.batch_size * config.accumulate * self.processes,
             "seed": config.seed,
             "machine": {
                 "device": self.model.device.type,
                 "dtype": dtype_name(self.model.dtype),
-                "batch": [config.batch_size, config.accumulate, PartialState().num_processes],
+                "batch": [config.batch_size, config.accumulate, self.processes],
             },
             "token_ids": None if ticket is None else hashlib.sha256(ticket.token_ids.tobytes()).hexdigest(),
         }
@@ -570,7 +570,7 @@ class Build:
         return encoded
 
     def _report_learning_rates(self) -> None:
-        config, processes = self.config, PartialState().num_processes
+        config, processes = self.config, self.processes
         self.reporter.note(
             "start",
             f"{len(self.train)} pairs to train, {len(self.dev)} for choices, {len(self.held_out)} held out"
@@ -608,7 +608,7 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
     except TypeError as error:
         raise RunError(f"the record of the build in {run} is of another version of ksl-patch ({error}).") from error
     # As many pairs in a step as all processes had together.
-    accumulate, rest = divmod(config.accumulate * record.processes, PartialState().num_processes)
+    accumulate, rest = divmod(config.accumulate * record.processes, launched(config.device).num_processes)
     if rest:
         raise RunError(f"the patch was trained by {record.processes} processes: run this with one process, or so many.")
     build = Build(replace(config, accumulate=accumulate), run, reporter or SilentReporter(), reopened=True)
@@ -625,6 +625,18 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
         )
     patch.check(build.model, build.tokenizer)
     return build
+
+
+def launched(device: str | None) -> PartialState:
+    """The processes that a launcher (torchrun) started to train together; one without a launcher.
+
+    device: what the user wants to train on. Raises RunError where the launcher's processes do not find each other.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available() or (device or "").startswith("cpu"))
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if state.num_processes != started:
+        raise RunError(f"the launcher started {started} processes, and {state.num_processes} train together here.")
+    return state
 
 
 def _cpu_computes_bfloat16() -> bool:

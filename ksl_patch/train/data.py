@@ -280,6 +280,11 @@ def make_template(
     return TemplateMeta(text=text, chat=True, fields=_fields(system or "") or None, end_token_id=end)
 
 
+def template_fields(kind: str, system: str | None) -> list[str]:
+    """The columns beside the source that a template of this kind names."""
+    return _fields(system or "") if kind in ("plain", "chat") else _fields(kind)
+
+
 def _fields(text: str) -> list[str]:
     return [name for name in dict.fromkeys(re.findall(r"\{([A-Za-z_][A-Za-z0-9_]*)\}", text)) if name != "source"]
 

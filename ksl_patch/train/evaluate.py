@@ -305,10 +305,9 @@ def _bleu(language: str | None) -> tuple[Any, list[str]]:
     except (Exception, SystemExit) as error:  # a network's many, and sacrebleu's own exit
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         bleu, notes = _words(language)
-        name = bleu.get_signature().info["tok"]
         return bleu, [
-            f"BLEU's words are those of sacrebleu's tokenizer {name}; it is not spBLEU, whose tokenizer model, which "
-            f"sacrebleu downloads, is not at hand ({reason}).",
+            f"BLEU's words are those of sacrebleu's tokenizer {bleu.tokenizer_signature}; it is not spBLEU, whose "
+            f"tokenizer model, which sacrebleu downloads, is not at hand ({reason}).",
             *notes,
         ]
     finally:
