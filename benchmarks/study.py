@@ -61,11 +61,11 @@ class Study:
         loaded = None
         for language in LANGUAGES:
             build = self.builds[language] = Build(settings(folder, language), self.run, reporter, loaded)
-            loaded = build.model, build.tokenizer
+            loaded = build.loaded
 
     def once(self, language, part, make):
         build = self.builds[language]
-        key = json.dumps([dataclasses.asdict(build.config), build.base.fingerprint, ROWS, SIZES, SEEDS, NEW_TOKENS])
+        key = json.dumps([dataclasses.asdict(build.config), build.loaded.digest, ROWS, SIZES, SEEDS, NEW_TOKENS])
         file = self.run / "parts" / f"{part}-{language}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
         file.parent.mkdir(exist_ok=True)
         if not file.is_file():
@@ -81,7 +81,7 @@ class Study:
         held_out = held_out or build.held_out
         result = evaluate(
             build.model, build.tokenizer, held_out, systems, self.reporter,
-            max_new_tokens=NEW_TOKENS, cache=self.run / "outputs",
+            max_new_tokens=NEW_TOKENS, cache=build.outputs, part="held-out",
         )  # fmt: skip
         return write(result)
 
@@ -100,7 +100,7 @@ class Study:
 
     def ticket(self, build, patch):
         """How the ticket and the frequencies of its tokens hang together."""
-        result, counts = build.ks(), build.counts
+        result, counts = build.ks(), build.embed_counts
         seen = np.flatnonzero(counts)
         top = {k: build.ticket("ks", k).token_ids for k in (*SIZES, ROWS)}
         frequent = {k: build.ticket("frequency", k).token_ids for k in top}
@@ -117,9 +117,8 @@ class Study:
 
     def places(self, build, patch):
         """The same rows, acting at one place alone."""
-        scorer = Scorer(build.held_out.references)
-        base = run(build.model, build.tokenizer, build.held_out, None, max_new_tokens=NEW_TOKENS,
-                   cache=self.run / "outputs")  # fmt: skip
+        scorer = Scorer(build.held_out.references, language=build.config.language)
+        base = run(build.model, build.tokenizer, build.held_out, None, max_new_tokens=NEW_TOKENS, cache=build.outputs)
         systems = [SystemScores(name="base", rows=[0], seeds=[], figures=scorer.of_base(base))]
         for place in PLACES:
             outputs = run_at(build.model, build.tokenizer, build.held_out, patch, place, max_new_tokens=NEW_TOKENS)
@@ -154,13 +153,12 @@ class Study:
 
     def power(self, build, patch):
         """What the test sees after an embedding tuning at another learning rate."""
-        loaded = (build.model, build.tokenizer)
         config = dataclasses.replace(build.config, embed_lr=OTHER_RATE)
         found = {}
-        for each in (Build(config, self.run, self.reporter, loaded), build):
+        for each in (Build(config, self.run, self.reporter, build.loaded), build):
             result = each.ks()
             found[f"{each.config.embed_lr:g}"] = {
-                "loss": each.patched_loss(each.embedding_patch()),
+                "loss": each.patched_loss(each.embedding_patch(), each.held_out),
                 "significant": {str(alpha): int((result.pvalue < alpha).sum()) for alpha in ALPHAS},
                 "largest": float(result.statistic.max()),
             }
@@ -171,13 +169,13 @@ class Study:
         transferred = self.transferred(build)
         made = {"tuned alone": patch, "transferred": transferred.patch_of(transferred.ticket())}
         return {
-            mode: write(certify(build, each, build.held_out, max_new_tokens=NEW_TOKENS, cache=self.run / "outputs"))
+            mode: write(certify(build, each, build.held_out, max_new_tokens=NEW_TOKENS, part="held-out"))
             for mode, each in made.items()
         }
 
     def transferred(self, build):
         config = dataclasses.replace(build.config, mode="transfer")
-        return Build(config, self.run, self.reporter, (build.model, build.tokenizer))
+        return Build(config, self.run, self.reporter, build.loaded)
 
     def results(self):
         first = LANGUAGES[0]

@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
             patch = build.patch()
             evaluation = evaluate(
                 build.model, build.tokenizer, build.held_out.first(SCORED), {"patch": {0: patch}}, reporter,
-                max_new_tokens=NEW_TOKENS, cache=folder / "run" / "outputs",
+                max_new_tokens=NEW_TOKENS, cache=build.outputs, part="held-out",
             )  # fmt: skip
         patch = patch.with_meta(evaluation=write(evaluation))
         path = folder / f"{language}.safetensors"
