@@ -1,5 +1,6 @@
 """`ksl-patch serve`: vLLM's real server, called with the OpenAI client and over HTTP."""
 
+import dataclasses
 import itertools
 import os
 import random
@@ -174,7 +175,7 @@ def test_models_and_patches_are_listed(server, base, patches):
     assert listed["es"]["rows"] == len(IDS)
     assert listed["es"]["bytes"] == patches[0].nbytes
     shown = server.http("GET", "/v1/patches/es").json()
-    assert shown["template"] == {"text": PLAIN.text, "chat": False}
+    assert shown["template"] == {"text": PLAIN.text, "chat": False, "fields": None, "end_token_id": None}
     assert server.http("GET", "/v1/patches/es", key="wrong").status_code == 401
     assert server.http("GET", "/v1/patches/nobody").status_code == 404
 
@@ -411,12 +412,33 @@ def test_a_prompt_outside_the_template_is_said_once(server):
 
 
 def test_the_template_is_applied_where_that_was_asked_for(base, folder, home, tmp_path, expected):
+    rendered = PLAIN.render(TEXT)
+    loaded = Patch.load(folder / "p1.safetensors")
+    end = expected(1, rendered)[4]  # another token than the model's own ends
+    turns = dataclasses.replace(PLAIN, end_token_id=end)
+    loaded.with_meta(template=turns).save(tmp_path / "turns.safetensors")
+    about = dataclasses.replace(PLAIN, text="About {topic}. " + PLAIN.text, fields=["topic"])
+    loaded.with_meta(template=about).save(tmp_path / "about.safetensors")
     flags = ["--patch", f"es={folder / 'p0.safetensors'}", "--apply-template"]
+    flags += [
+        "--patch",
+        f"turns={tmp_path / 'turns.safetensors'}",
+        "--patch",
+        f"about={tmp_path / 'about.safetensors'}",
+    ]
     server = Server(base, tmp_path / "server.log", *flags, home=home)
     try:
         server.wait()
-        rendered = PLAIN.render(TEXT)
         assert server.tokens("es", TEXT) == expected(0, rendered)
+        # What ends an answer in the patch's template ends one here; a template that needs more is not filled by half.
+        whole = expected(1, rendered)
+        assert server.tokens("turns", TEXT) == whole[: whole.index(end) + 1]
+        from openai import BadRequestError
+
+        with pytest.raises(BadRequestError, match="'topic' beside the sentence"):
+            server.tokens("about", TEXT)
+        prompt = about.render(TEXT, topic="cats")
+        assert server.tokens("about", prompt) == expected(1, prompt)
         assert server.tokens("es", rendered) == expected(0, rendered)
         assert server.tokens(base, TEXT) == expected(None, TEXT)
         both = server.client().completions.create(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import json
 import logging
@@ -142,7 +143,7 @@ class Patches:
         }
         if full:
             template = meta.template
-            summary["template"] = None if template is None else {"text": template.text, "chat": template.chat}
+            summary["template"] = None if template is None else dataclasses.asdict(template)
             summary |= {"licence": meta.licence, "created": meta.created, "base": meta.base.model_id}
         return summary
 
@@ -186,7 +187,10 @@ class Patches:
             await asyncio.sleep(0.02)
 
     def prompts(self, body: dict[str, Any]) -> bool:
-        """Give a completion's prompts the template of its patch; whether anything was changed."""
+        """Give a completion's prompts the template of its patch; whether anything was changed.
+
+        Raises _RefusalError where the template needs more than a sentence.
+        """
         name, prompts = body.get("model"), body.get("prompt")
         if not isinstance(name, str) or name not in self._models.lora_requests or not prompts:
             return False
@@ -211,10 +215,18 @@ class Patches:
                     name,
                 )
             return False
+        if template.fields:
+            raise _RefusalError(
+                400,
+                f"the template of {name} has {', '.join(map(repr, template.fields))} beside the sentence: send the "
+                f"whole prompt, as GET /v1/patches/{name} shows it.",
+            )
         texts = [text if template.matches(text) else template.render(text) for text in texts]
         body["prompt"] = texts[0] if one else texts
         if template.chat:
             body["add_special_tokens"] = False
+        if template.end_token_id is not None:
+            body["stop_token_ids"] = [*(body.get("stop_token_ids") or []), template.end_token_id]
         return True
 
     async def _read(self, file: PatchFile) -> Patch:
@@ -304,7 +316,12 @@ class Prompts:
                 content = json.loads(body)
             except (ValueError, RecursionError):
                 content = None
-            if isinstance(content, dict) and self._state.ksl_patch.prompts(content):
+            try:
+                changed = isinstance(content, dict) and self._state.ksl_patch.prompts(content)
+            except _RefusalError as error:
+                await _error(error.status, str(error))(scope, receive, send)
+                return
+            if changed:
                 body = json.dumps(content).encode()
                 headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
                 scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
