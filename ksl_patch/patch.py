@@ -330,6 +330,8 @@ class Patch:
         }
         if meta.template is not None and meta.template.fields:
             served["fields"] = meta.template.fields
+        if meta.template is not None and meta.template.end_token_id is not None:
+            served["end_token_id"] = meta.template.end_token_id
         digest = hashlib.sha256(json.dumps(served, sort_keys=True).encode())
         for key, tensor in self._tensors().items():
             digest.update(f"\n{key} {dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
