@@ -18,6 +18,8 @@ from ksl_patch.errors import BaseMismatchError
 
 _FINGERPRINT_ROWS = 256
 _BODY_VALUES = 256  # of each weight
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_LABELS = ("_name_or_path", "transformers_version", "_commit_hash", "_from_model_config")
 # Rounding float32 to bfloat16 changes a value by at most 2^-9 of itself; float16 is closer.
 _ROUNDING = 2.0**-8
 
@@ -256,59 +258,94 @@ def identify(model: Any, tokenizer: Any = None) -> BaseIdentity:
 
 
 @torch.no_grad()
-def body_digest(model: Any, dtype: torch.dtype | None = None) -> str | None:
-    """sha256 over every weight but the table: its name, its shape and up to 256 evenly spaced values.
+def body_digest(model: Any, dtype: torch.dtype) -> str | None:
+    """sha256 over the weights that are not of the table's shape: their shapes and up to 256 values of each.
 
-    dtype: what the values are rounded to before; so the same weights, loaded in a finer dtype, have the same digest. A
-    merged adapter or a fine-tune changes much of what is sampled. None where weights are offloaded or sharded.
+    dtype: what the values are rounded to before, so that the same weights have one digest in whatever finer dtype they
+    are loaded. Names do not count: wrappers change them. A merged adapter or a fine-tune changes much of what is
+    sampled. None where weights are quantised, offloaded or sharded.
     """
-    table = getattr(innermost(model.get_input_embeddings()), "weight", None)
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters(), key=lambda named: named[0]):
-        if weight is table:
-            continue
-        if weight.device.type == "meta" or type(weight).__name__ == "DTensor":
-            return None
-        sample = torch.linspace(0, weight.numel() - 1, min(_BODY_VALUES, weight.numel()), dtype=torch.float64).long()
-        try:
-            values = weight.detach().reshape(-1)[sample.to(weight.device)].cpu()
-        except (RuntimeError, NotImplementedError, TypeError):  # a quantised tensor of a class of its own
-            return None
-        digest.update(f"{name} {list(weight.shape)}\n".encode())
-        digest.update(tensor_bytes(values.to(dtype).float() if dtype and values.is_floating_point() else values))
-    return digest.hexdigest()
+    shape = _table_shape(model)
+    found = []
+    for weight in model.parameters():
+        if weight.shape != shape:
+            values = _sample(weight) if weight.dtype in _FLOATS else None
+            if values is None:
+                return None
+            found.append(f"{list(weight.shape)} ".encode() + bytes(tensor_bytes(values.to(dtype).float())))
+    return hashlib.sha256(b"\n".join(sorted(found))).hexdigest()
 
 
-def has_other_body(identity: BaseIdentity, model: Any, body: str | None = None) -> bool:
+def _table_shape(model: Any) -> torch.Size:
+    """The shape [V, d] of a model's table, which a head of its own has too."""
+    weight = getattr(innermost(model.get_input_embeddings()), "weight", None)
+    return torch.Size() if weight is None else weight.shape
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor | None:
+    """Evenly spaced values of a weight, on the CPU; None where they are not at hand."""
+    if weight.device.type == "meta" or type(weight).__name__ == "DTensor":
+        return None
+    at = torch.linspace(0, weight.numel() - 1, min(_BODY_VALUES, weight.numel()), dtype=torch.float64).long()
+    try:
+        return weight.detach().reshape(-1)[at.to(weight.device)].cpu()
+    except (RuntimeError, NotImplementedError, TypeError):  # a quantised tensor of a class of its own
+        return None
+
+
+def has_other_body(identity: BaseIdentity, model: Any, body: Callable[[torch.dtype], str | None] | None = None) -> bool:
     """Whether a model with a patch's table has other weights behind it than the patch was made with.
 
     False where that cannot be told: weights in a coarser dtype than the patch's base, quantised, offloaded, or with
-    PEFT's adapters on them. body: the model's `body_digest` in the base's dtype, where it is at hand.
+    PEFT's adapters on them. body: the model's `body_digest`, where it is kept.
     """
+    if identity.body is None or hasattr(model, "peft_config"):
+        return False
     adapters = _peft_layers()[0] if "peft" in sys.modules else ()
-    if identity.body is None or any(isinstance(module, adapters) for module in model.modules()):
+    if any(isinstance(module, adapters) for module in model.modules()):
         return False
-    if not all(dtype_name(p.dtype) in (identity.dtype, "float32") for p in model.parameters()):
+    dtype = getattr(torch, identity.dtype)
+    if any(weight.dtype not in (dtype, torch.float32) for weight in model.parameters()):
         return False
-    body = body or body_digest(model, getattr(torch, identity.dtype))
-    return body is not None and body != identity.body
+    found = body(dtype) if body is not None else body_digest(model, dtype)
+    return found is not None and found != identity.body
 
 
+@torch.no_grad()
 def model_digest(model: Any, tokenizer: Any) -> str:
-    """sha256 over what decides a model's outputs: table, body, configuration, ends of a generation, vocabulary.
+    """sha256 over what decides a model's outputs: weights, configuration, how it generates, vocabulary.
 
-    Every row of the table counts, unlike in `fingerprint`. It names what was computed, in a run folder; values cast to
-    another dtype are another model.
+    Weights of the table's shape count in every value, others by samples. It names what was computed, in a run folder;
+    values cast to another dtype are another model.
     """
-    config = model.config.to_dict()
-    generation = getattr(model.generation_config, "eos_token_id", None)
-    for label in ("_name_or_path", "transformers_version", "_commit_hash"):
-        config.pop(label, None)
-    bits = row_bits(find_embedding(model).weight.detach()).sum(dim=1, dtype=torch.int64)
-    digest = hashlib.sha256(tensor_bytes(bits))
-    digest.update(json.dumps([body_digest(model), generation, tokenizer_digest(tokenizer)]).encode())
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    shape = _table_shape(model)
+    digest = hashlib.sha256(tokenizer_digest(tokenizer).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        values = _row_sums(weight) if weight.shape == shape and weight.dtype in _FLOATS else _sample(weight)
+        digest.update(f"{name} {list(weight.shape)} {dtype_name(weight.dtype)}\n".encode())
+        if values is not None:
+            digest.update(tensor_bytes(values))
+    for config in (model.config, model.generation_config):
+        digest.update(json.dumps(_unlabelled(config.to_dict()), sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _row_sums(table: torch.Tensor) -> torch.Tensor:
+    """For each row of a table [V, d] a weighted sum of its bits, int64 [V], which another value or order changes."""
+    table = table.detach()
+    row = table.shape[1] * table.itemsize
+    words = table.contiguous().view(torch.int64 if row % 8 == 0 else row_bits(table[:1]).dtype)
+    weights = torch.randint(1, 2**62, (words.shape[1],), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    weights = weights.to(table.device)
+    sums = [(part.to(torch.int64) * weights).sum(dim=1) for part in torch.split(words, 4096)]
+    return torch.cat(sums).cpu()
+
+
+def _unlabelled(value: Any) -> Any:
+    """A configuration without what names where it comes from."""
+    if isinstance(value, dict):
+        return {key: _unlabelled(inner) for key, inner in value.items() if key not in _LABELS}
+    return value
 
 
 def fingerprint(weight: torch.Tensor) -> str:

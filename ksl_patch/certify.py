@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 
 import torch
 
@@ -112,7 +113,7 @@ def at_least(bound: float) -> str:
 def statements(certificate: Certificate) -> list[tuple[str, str, str]]:
     """What a certificate says in words: the statement, what was found, and its assumptions."""
     c, m = certificate, certificate.margin
-    level = f"at least {{}} with confidence {100 * (1 - c.delta):.10g}%"
+    level = f"at least {{}} with confidence {(100 - 100 * Decimal(str(c.delta))).normalize():f}%"
     return [
         (
             "Exact: bit-equal on the whole input",

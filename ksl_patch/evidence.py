@@ -6,6 +6,7 @@ from a file that anybody may have written.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -24,7 +25,7 @@ METRICS: dict[str, tuple[str, str, bool | None]] = {
     "chrf_first_line": ("chrF++ first line", ".1f", True),
     "bleu": ("BLEU raw", ".1f", True),
     "bleu_first_line": ("BLEU first line", ".1f", True),
-    "stop_rate": ("stops by itself", ".0%", True),
+    "stop_rate": ("stops by itself", ".1%", True),
     "characters": ("mean characters", ".0f", None),
 }
 # The systems in the order of the tables, and what each is.
@@ -129,7 +130,7 @@ class Evaluation:
     @property
     def what(self) -> str:
         """The pairs in words, such as "64 held-out pairs"."""
-        return f"{self.pairs} {PARTS.get(self.part or '', 'held-out')} pairs"
+        return in_words(self.pairs, self.part)
 
     @property
     def ordered(self) -> list[SystemScores]:
@@ -185,7 +186,7 @@ class Certificate:
     @property
     def what(self) -> str:
         """The pairs in words, such as "64 held-out pairs"."""
-        return f"{self.pairs} {PARTS.get(self.part or '', 'held-out')} pairs"
+        return in_words(self.pairs, self.part)
 
 
 T = TypeVar("T", Evaluation, Certificate, SystemScores)
@@ -206,14 +207,20 @@ def read(kind: type[T], value: dict[str, Any] | None) -> T | None:
         ) from error
 
 
+def in_words(pairs: int, part: str | None) -> str:
+    """So many pairs of a part."""
+    return f"{pairs} {PARTS.get(part or '', 'held-out')} pairs"
+
+
 def write(value: Evaluation | Certificate) -> dict[str, Any]:
     """The form that the metadata holds."""
     return asdict(value)
 
 
-def show(metric: str, value: float) -> str:
-    """A metric's value in its format."""
-    return format(value, METRICS[metric][1])
+def show(metric: str, value: float, sign: str = "") -> str:
+    """A metric's value in its format; nothing is "-0". sign: "+" for a difference."""
+    text = format(value, sign + METRICS[metric][1])
+    return text if re.search("[1-9]", text) else text.lstrip("+-")
 
 
 def interval(metric: str, figure: Figure) -> str:
@@ -235,8 +242,8 @@ def against(metric: str, figure: Figure | None) -> str:
     """The patch's value minus this system's, and its interval in brackets; empty where there is none."""
     if figure is None or figure.patch_minus is None:
         return ""
-    value, low, high = (signed(metric, x) for x in vars(figure.patch_minus).values())
-    return f"{value} ({low} to {high})"
+    lead = figure.patch_minus
+    return f"{signed(metric, lead.value)} ({signed(metric, lead.low)} to {signed(metric, lead.high)})"
 
 
 def of_seeds(metric: str, figure: Figure | None) -> str:
@@ -248,4 +255,4 @@ def of_seeds(metric: str, figure: Figure | None) -> str:
 
 def signed(metric: str, value: float) -> str:
     """A difference in a metric's format, with its sign."""
-    return format(value, f"+{METRICS[metric][1]}")
+    return show(metric, value, "+")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -60,7 +60,7 @@ def diff(a: Patch, b: Patch) -> Difference:
         if getattr(a.meta, name) != getattr(b.meta, name)
     }
     if a.meta.template != b.meta.template:
-        settings["template"] = (a.meta.template and a.meta.template.text, b.meta.template and b.meta.template.text)
+        settings["template"] = (_template(a), _template(b))
     return Difference(
         added=b.token_ids[~torch.isin(b.token_ids, a.token_ids)].tolist(),
         removed=a.token_ids[~torch.isin(a.token_ids, b.token_ids)].tolist(),
@@ -118,6 +118,7 @@ def merge(a: Patch, b: Patch, *, name: str, policy: Policy | None = None) -> Pat
         meta=replace(
             a.meta,
             name=name,
+            base=a.meta.base if a.meta.base.body == b.meta.base.body else replace(a.meta.base, body=None),
             language=common("language"),  # type: ignore[arg-type]
             template=common("template"),  # type: ignore[arg-type]
             tokens=[text[i] for i in ids.tolist()] if a.meta.tokens and b.meta.tokens else None,
@@ -161,6 +162,15 @@ def _same_base(a: Patch, b: Patch) -> None:
                 f"{a.meta.name} and {b.meta.name} are patches of different bases: {one.model_id or 'unnamed'} and "
                 f"{other.model_id or 'unnamed'} differ in {what}."
             )
+
+
+def _template(patch: Patch) -> str | None:
+    """The template's text, and what of it is not its text."""
+    template = patch.meta.template
+    if template is None:
+        return None
+    more = [f"{name} {value}" for name, value in asdict(template).items() if name != "text" and value]
+    return f"{template.text} ({', '.join(more)})" if more else template.text
 
 
 def _places(patch: Patch, token_ids: list[int]) -> torch.Tensor:

@@ -15,6 +15,7 @@ import re
 import stat
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -74,11 +75,13 @@ class TemplateMeta:
         names = "|".join(map(re.escape, ["source", *(self.fields or ())]))
         return re.split(rf"\{{({names})\}}", self.text)
 
-    def render(self, source: str, **fields: str) -> str:
+    def render(self, source: str, /, **fields: str) -> str:
         """The prompt for one source sentence and the template's fields. Raises PatchError when one is missing."""
         missing = [name for name in self.fields or () if name not in fields]
         if missing:
-            raise PatchError(f"the prompt template needs {', '.join(map(repr, missing))} beside the sentence.")
+            raise PatchError(
+                f"the prompt template needs {', '.join(map(repr, missing))} beside the sentence: give the whole prompt."
+            )
         values = {**fields, "source": source}
         return "".join(values[piece] if i % 2 else piece for i, piece in enumerate(self.pieces()))
 
@@ -142,7 +145,7 @@ class TrainingMeta:
     pairs_read: int | None = None
     embed_pairs_read: int | None = None
     processes: int | None = None
-    hyperparameters: dict[str, float | str | bool] | None = None
+    hyperparameters: dict[str, int | float | str | bool] | None = None
     sources: str | None = None
 
     @property
@@ -299,14 +302,16 @@ class Patch:
         self.check_table(find_embedding(model), vocabulary)
         self.check_body(model)
 
-    def check_body(self, model: Any, body: str | None = None) -> None:
+    def check_body(
+        self, model: Any, body: Callable[[torch.dtype], str | None] | None = None, stacklevel: int = 3
+    ) -> None:
         """Warn with OtherBodyWarning when the model has other weights behind its table than the patch was made with."""
         if has_other_body(self.meta.base, model, body):
             warnings.warn(
                 f"{self.meta.name} was made for another model with the same embedding (a fine-tune, or one with merged "
                 "adapters): it works on this one, but what was measured of it need not hold here.",
                 OtherBodyWarning,
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
     def check_table(self, table: EmbeddingTable, vocabulary: str | None = None) -> None:
@@ -459,6 +464,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
+def check_fields(names: Sequence[str]) -> None:
+    """Names of a template's fields beside the source. Raises PatchError."""
+    for name in names:
+        if not _FIELD.fullmatch(name) or name in ("source", "target"):
+            raise PatchError(
+                f"{name[:70]!r} cannot be filled into a template: use up to 64 letters, digits and '_', and neither "
+                "'source' nor 'target', which is the answer."
+            )
+    if len(names) > _MAX_FIELDS:
+        raise PatchError(f"a template has at most {_MAX_FIELDS} fields beside the sentence, not {len(names)}.")
+
+
 def check_name(name: str) -> str:
     """A patch's name, if it is one. Raises PatchError."""
     if not _NAME.fullmatch(name):
@@ -560,13 +577,12 @@ def _check_meta(patch: Patch) -> None:
     if patch.output_rows is not None and meta.side != "input+output":
         raise PatchError("output_rows need side 'input+output', but the side is 'input'.")
     if meta.template is not None:
-        fields = meta.template.fields or []
         if meta.template.text.count("{source}") != 1:
             raise PatchError("the template must contain '{source}' exactly once.")
-        if len(fields) > _MAX_FIELDS or any(not _FIELD.fullmatch(name) or name == "source" for name in fields):
-            raise PatchError(
-                "the template's fields must be few names of letters, digits and '_', and none is 'source'."
-            )
+        check_fields(meta.template.fields or ())
+        end = meta.template.end_token_id
+        if end is not None and not 0 <= end < meta.base.vocab_size:
+            raise PatchError(f"the template's end token {end} is outside the table.")
     if meta.tokens is not None and len(meta.tokens) != k:
         raise PatchError(f"the metadata has the text of {len(meta.tokens)} tokens for {k} token ids.")
     if meta.scope == "prompt" and meta.side != "input":

@@ -116,8 +116,8 @@ def _one_token(text: str, tokenizer: Any) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) == 1 and tokenizer.decode(ids) == text:
         return ids
-    same = [i for i in sorted(vocabulary.values()) if tokenizer.decode([i]) == text]  # a tokenizer that adds a space
-    return same[:1] or ids
+    # A tokenizer may add a space before a text; the token itself then decodes to it.
+    return next(([i] for i in sorted(vocabulary.values()) if tokenizer.decode([i]) == text), ids)
 
 
 def detectable_change(statistic: float) -> float:

@@ -156,7 +156,7 @@ def test_a_patch_with_every_tuned_row_agrees_everywhere(built, base_folder, pair
 def test_the_training_data_of_the_ticket_gives_no_certificate(built, pairs_file, tmp_path):
     code, _, err = run_cli("certify", built, "--test", pairs_file, "--no-save")
     assert code == 1
-    assert "were read in the patch's own training" in err
+    assert "are in the patch's own training data" in err
     # One trained pair among new ones is enough.
     record = json.loads(next(built.with_name("es.safetensors.run").glob("patch-*.json")).read_text())
     assert record["config"]["max_pairs"] == 100

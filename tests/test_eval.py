@@ -228,7 +228,7 @@ def test_eval_without_the_run_folder_takes_a_base_and_test_pairs(built, base_fol
 def test_pairs_that_were_trained_on_are_refused(built, pairs_file):
     _, _, path = built
     code, _, err = run_cli("eval", path, "--test", pairs_file, "--no-save")
-    assert (code, "were read in the patch's own training" in err) == (1, True)
+    assert (code, "are in the patch's own training data" in err) == (1, True)
 
 
 def test_a_build_is_opened_again_only_with_its_own_pairs(built, tmp_path):

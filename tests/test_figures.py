@@ -196,8 +196,8 @@ def test_what_was_read_is_counted_and_only_that_is_trained(config, tmp_path):
     assert made.embedding_patch().meta.training.steps == 0
     # The two stages read one order, and nothing is read that the record does not name.
     assert made.read_in(3)[:4] == made.read_in(2)
-    assert seen(training.sources, made.pairs.train) == seen(training.sources, made.pairs_read_in(3)) == 6
-    assert seen(training.sources, made.pairs.held_out) == seen(training.sources, made.pairs.dev) == 0
+    assert seen(training.sources, made.pairs.train) == seen(training.sources, made.pairs_read_in(3)) == (6, True)
+    assert seen(training.sources, made.pairs.held_out) == seen(training.sources, made.pairs.dev) == (0, True)
 
 
 def test_an_order_is_a_shorter_one_s_continuation_and_passes_take_every_pair_once():
@@ -344,7 +344,7 @@ def test_sources_that_were_read_are_known_without_the_run_folder(config, tmp_pat
     assert any("25 of the 27 test pairs were left out" in text for _, text, _ in reporter.notes)
     known = made.pairs_read_in(20)[5]
     for build in (None, made):
-        with pytest.raises(DataError, match="1 of the 3 test pairs were read in the patch's own training"):
+        with pytest.raises(DataError, match="1 of the 3 test pairs are in the patch's own training data"):
             encode_test(patch, made.model, made.tokenizer, [*new, known], build, reporter)
     bare = patch.with_meta(training=dataclasses.replace(patch.meta.training, sources=None))
     encode_test(bare, made.model, made.tokenizer, [*new, known], None, reporter)
@@ -360,10 +360,10 @@ def test_a_sketch_of_many_sources_is_small_and_finds_an_overlap():
     pairs = [Pair(f"Sentence number {i}.", "x") for i in range(20_000)]
     kept = sketch(pairs)
     assert len(kept) < 7000
-    assert seen(kept, pairs) == 1024
-    assert 20 < seen(kept, pairs[:1000]) < 100  # 1 in 20 of them
-    assert seen(kept, [Pair(f"Another {i}.", "x") for i in range(20_000)]) == 0
-    assert seen(sketch(pairs[:1000]), pairs) == 1000
+    assert seen(kept, pairs) == (1024, False)
+    assert 20 < seen(kept, pairs[:1000])[0] < 100  # 1 in 20 of them
+    assert seen(kept, [Pair(f"Another {i}.", "x") for i in range(20_000)]) == (0, False)
+    assert seen(sketch(pairs[:1000]), pairs) == (1000, True)
 
 
 def test_choices_are_made_on_dev_pairs_and_figures_count_their_uses(config, tmp_path):
@@ -382,7 +382,7 @@ def test_choices_are_made_on_dev_pairs_and_figures_count_their_uses(config, tmp_
     code, out, err = run_cli("eval", path, *arguments)
     assert code == 0, err
     text = " ".join(out.split())
-    assert "This is the first patch of its run folder that these pairs measured" in text
+    assert "No other patch of this run folder was measured on any of these pairs" in text
     assert "These are 21 intervals of 95 %" in text
     assert "It replaces the evaluation on 16 dev pairs." in text
     # Held-out figures are not replaced by those of pairs that chose.
@@ -431,7 +431,20 @@ def test_a_smaller_evaluation_does_not_replace_a_larger_one(config, tmp_path):
 def test_bleu_has_the_words_of_its_language():
     chinese = ["我们今天去学校学习新的语言。", "他昨天在图书馆读了一本书。"]
     near = ["我们今天去学校学习新语言。", "他昨天在图书馆读了一本书。"]
-    for language, tokenizer in (("zh-Hans", "zh"), ("zh", "zh"), ("th", "char"), ("es", "13a"), (None, "13a")):
+    for language, tokenizer in (
+        ("zh-Hans", "zh"),
+        ("zh", "zh"),
+        ("zho", "zh"),
+        ("cmn", "zh"),
+        ("yue", "zh"),
+        ("lzh", "zh"),
+        ("th", "char"),
+        ("tha", "char"),
+        ("khm", "char"),
+        ("es", "13a"),
+        ("hi", "13a"),
+        (None, "13a"),
+    ):
         scorer = Scorer(chinese, language=language)
         assert f"tok:{tokenizer}" in scorer.signatures["bleu"]
         assert f"tokenizer {tokenizer};" in scorer.notes[0]

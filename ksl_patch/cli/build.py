@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,19 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
     found: list[str | int] = []
     for value in values:
         read: Any = None
-        if value[:1] in ("[", '"'):
-            with suppress(ValueError):
+        if value[:1] in ("[", '"') and len(value) > 1:
+            with suppress(ValueError, RecursionError):
                 read = json.loads(value)
-        if isinstance(read, list) and all(type(each) in (str, int) for each in read):
+        if isinstance(read, list) and read and all(type(each) in (str, int) for each in read):
             found += read
         elif isinstance(read, str):
             found.append(read)
-        elif value.isdecimal():
+        elif re.fullmatch("[0-9]{1,9}", value):
             found.append(int(value))
         else:
             found.append(value.replace("\\n", "\n").replace("\\t", "\t"))
-    if "" in found:
-        raise click.UsageError("a --rows is empty.")
+    if not all(each or each == 0 for each in found):
+        raise click.UsageError("--rows takes a token's id, its name or its text, and one of them is empty.")
     return tuple(found)
 
 
@@ -179,8 +180,9 @@ def build(output: Path, force: bool, run: Path | None, as_json: bool, **options:
     run = run or output.with_name(output.name + ".run")
 
     try:
-        from ksl_patch.train.build import BuildConfig, launched
+        from ksl_patch.train.build import BuildConfig
         from ksl_patch.train.build import build as build_patch
+        from ksl_patch.train.loaded import launched
         from ksl_patch.train.progress import JsonReporter, RichReporter, SilentReporter
     except ImportError as error:
         raise click.ClickException(

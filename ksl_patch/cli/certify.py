@@ -40,12 +40,12 @@ def certify(
     beside what was measured. The result goes into the patch's metadata.
     """
     with subject(reference, output=output, needs_build=True, **options) as it:
-        from ksl_patch.evidence import Certificate, read, write
+        from ksl_patch.evidence import Certificate, write
         from ksl_patch.train.agreement import certify as compare
 
         assert it.build is not None
         ticket = it.patch.meta.ticket
-        replaced = it.check_replaces(read(Certificate, it.patch.meta.certificate) if output is None else None)
+        replaced = it.check_replaces(it.replaced(Certificate))
         result = compare(
             it.build,
             it.patch,

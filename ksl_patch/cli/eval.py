@@ -47,7 +47,7 @@ def eval(
 
     Everything trained and generated stays in the run folder: an evaluation that was cut off continues.
     """
-    from ksl_patch.evidence import CONTROLS, SYSTEMS, Evaluation, read, write
+    from ksl_patch.evidence import CONTROLS, SYSTEMS, Evaluation, write
 
     chosen = {"all": CONTROLS, "none": ()}.get(controls, tuple(part.strip() for part in controls.split(",")))
     if unknown := set(chosen) - set(CONTROLS):
@@ -57,9 +57,9 @@ def eval(
     with subject(reference, output=output, needs_build=False, **options) as it:
         from ksl_patch.train.compare import evaluate, make_systems
 
-        old = read(Evaluation, it.patch.meta.evaluation)
-        if output is not None or old is None or not old.systems:
-            old = None
+        old = it.replaced(Evaluation)
+        if old is not None and not old.systems:
+            old = None  # a build's loss
         before = {system.name: len(system.seeds) for system in old.systems} if old else {}
         less = [f"{before['patch']} training seeds"] if before.get("patch", 0) > seeds else []
         it.check_replaces(old, less)
@@ -96,7 +96,7 @@ def table(evaluation: Evaluation) -> Table:
     several = f", and the range of {seeds} training seeds" if seeds > 1 else ""
     result = Table(
         title=f"{evaluation.what}; in brackets the {evaluation.confidence or 0:.0%} interval of the difference from "
-        f"the base{several}; below, the patch minus the system",
+        f"the base{several}; below, the patch minus the system (of the loss, less is better)",
         title_justify="left",
     )
     result.add_column("")

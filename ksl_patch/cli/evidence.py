@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,6 +15,8 @@ from ksl_patch.cli.options import columns_option
 
 if TYPE_CHECKING:
     from ksl_patch.evidence import Certificate, Evaluation
+
+    E = TypeVar("E", Evaluation, Certificate)
     from ksl_patch.patch import Patch
     from ksl_patch.train.build import Build
     from ksl_patch.train.data import Encoded
@@ -35,11 +37,12 @@ _OPTIONS = (
         help="Use these pairs, which no training saw, instead of those that the build held out.",
     ),
     columns_option("Names of the two columns of --test."),
+    click.option("--group", metavar="COLUMN", help="Column of --test with the document of a pair.  [default: none]"),
     click.option(
         "--part",
         type=click.Choice(["held-out", "dev"]),
-        default="held-out",
-        help="Pairs that the build set aside: those for the figures, or those that choices are made on.",
+        help="Pairs that the build set aside: those for the figures, or those that choices are made on.  [default: "
+        "held-out]",
     ),
     click.option("--limit", type=click.IntRange(2), metavar="N", help="Use the first N of the pairs only."),
     click.option(
@@ -74,28 +77,44 @@ def evidence_options(command: Callable[..., Any]) -> Callable[..., Any]:
 class Subject:
     """A patch, the model and held-out pairs it is measured on, and its build where the run folder is there.
 
-    whole: the digest of the pairs that the held-out ones are the first of.
+    whole: the pairs that the held-out ones are the first of. own: whether the target is the patch's file.
     """
 
     patch: Patch
     target: Path | None
+    own: bool
     model: Any
     tokenizer: Any
     held_out: Encoded
-    whole: str
+    whole: Encoded
     build: Build | None
     part: str
     force: bool
     reporter: Reporter
 
     def count_use(self) -> int | None:
-        """How many patches of the run folder these pairs have measured, this one included; None where that is unknown.
-
-        Some of them are counted as all of them.
-        """
-        if self.build is None or self.part == "dev":
+        """How many patches of the run folder were measured on any of these pairs; None where that is unknown."""
+        if self.build is None:
             return None
         return self.build.note_use(self.whole, self.patch)
+
+    def replaced(self, kind: type[E]) -> E | None:
+        """The figures that the result will replace in the patch itself; None for none.
+
+        Raises UsageError for those of another tool, where --force was not given.
+        """
+        from ksl_patch.errors import PatchError
+        from ksl_patch.evidence import read
+
+        name = kind.__name__.lower()
+        if self.target is None or not self.own:
+            return None
+        try:
+            return read(kind, getattr(self.patch.meta, name))
+        except PatchError as error:
+            if self.force:
+                return None
+            raise click.UsageError(f"{error} Add --force to replace it, give -o FILE, or --no-save.") from error
 
     def check_replaces(self, old: Evaluation | Certificate | None, less: Sequence[str] = ()) -> str:
         """What the result will replace in the patch, in words; empty for nothing.
@@ -103,7 +122,7 @@ class Subject:
         less: what else the old one has that the new one will not have. Raises UsageError when the old one has more and
         --force was not given.
         """
-        if old is None or self.target is None:
+        if old is None:
             return ""
         less = list(less)
         if old.pairs > len(self.held_out):
@@ -113,8 +132,8 @@ class Subject:
         kind = type(old).__name__.lower()
         if less and not self.force:
             raise click.UsageError(
-                f"the patch has an {kind} with {', '.join(less)}, which this one would replace: add --force, give "
-                "-o FILE, or --no-save.".replace("an certificate", "a certificate")
+                f"the patch's {kind} has {', '.join(less)}, which this one would not: add --force to replace it, give "
+                "-o FILE, or --no-save."
             )
         return f"It replaces the {kind} on {old.what}."
 
@@ -134,8 +153,8 @@ class Subject:
 @contextmanager
 def subject(
     reference: str, *, run: Path | None, base: str | None, pairs: str | None, test: str | None,
-    columns: tuple[str, str], part: str, limit: int | None, alone: bool, output: Path | None, no_save: bool,
-    force: bool, device: str | None, needs_build: bool,
+    columns: tuple[str, str], group: str | None, part: str | None, limit: int | None, alone: bool,
+    output: Path | None, no_save: bool, force: bool, device: str | None, needs_build: bool,
 ) -> Iterator[Subject]:  # fmt: skip
     """What the options name. Everything that can be wrong is said before the first computation."""
     from ksl_patch.store.local import find
@@ -150,6 +169,10 @@ def subject(
         raise click.UsageError(
             f"{target} is signed, and new metadata would make the signature invalid: give -o FILE, or --no-save."
         )
+    if test and part:
+        raise click.UsageError("--part says which pairs of the build, and --test gives others: give one of the two.")
+    if group and not test:
+        raise click.UsageError("--group is a column of --test; the build knows its own.")
     if output is not None and output.exists() and not no_save and not force:
         raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name.")
     if alone and (needs_build or not (base and test) or run):
@@ -187,16 +210,16 @@ def subject(
         if test is not None:
             part, template = "given", patch.meta.template
             fields = tuple((template and template.fields) or ())
-            read = read_pairs(test, Columns(*columns, build.config.group if build else None, fields))
+            read = read_pairs(test, Columns(*columns, group, fields))
             held_out = encode_test(patch, model, tokenizer, read, build, reporter)
         else:
             assert build is not None
+            part = part or "held-out"
             held_out = build.dev if part == "dev" else build.held_out
         if len(held_out) < 2:
             raise click.UsageError(
                 f"fewer than two {'test' if test else part} pairs: "
                 + ("give more." if test else "give --test G with pairs that no training saw.")
             )
-        yield Subject(
-            patch, target, model, tokenizer, held_out.first(limit), held_out.digest, build, part, force, reporter
-        )
+        some, own = held_out.first(limit), target == path
+        yield Subject(patch, target, own, model, tokenizer, some, held_out, build, part, force, reporter)

@@ -39,7 +39,7 @@ def _print(patch: Patch, size: int, limit: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ksl_patch.evidence import P_RANKS
+    from ksl_patch.evidence import P_RANKS, in_words
 
     meta, base = patch.meta, patch.meta.base
     console = Console()
@@ -70,8 +70,8 @@ def _print(patch: Patch, size: int, limit: int) -> None:
             fact("optimiser", ", ".join(f"{name} {value}" for name, value in t.hyperparameters.items()))
     if meta.evaluation and {"loss_base", "loss_patch"} <= meta.evaluation.keys():
         e = meta.evaluation
-        part = "dev" if e.get("part") == "dev" else "held-out"
-        fact(f"{part} loss", f"{e['loss_base']:.3f} base, {e['loss_patch']:.3f} patch, on {e['pairs']} pairs")
+        on = in_words(e["pairs"], e.get("part"))
+        fact("loss", f"{e['loss_base']:.3f} base, {e['loss_patch']:.3f} patch, on {on}")
     if meta.origin:
         fact("merged from", ", ".join(f"{o.name} {o.digest[:12]} ({len(o.token_ids)} rows)" for o in meta.origin))
     fact("licence", meta.licence)

@@ -93,8 +93,10 @@ def volcano(
     """
     figure, axes = _new(6.4, 3.8)
     top = float(statistic.max())
-    others = np.setdiff1d(np.flatnonzero(counts), ticket)
-    axes.scatter(counts[others], statistic[others], s=5, color=_CLOUD, alpha=0.5, linewidths=0, rasterized=True)
+    others = np.setdiff1d(np.flatnonzero((counts > 0) | (statistic > 0)), ticket)
+    axes.scatter(
+        np.maximum(counts[others], 0.7), statistic[others], s=5, color=_CLOUD, alpha=0.5, linewidths=0, rasterized=True
+    )
     axes.scatter(
         np.maximum(counts[ticket], 0.7), statistic[ticket], s=26, marker="D", facecolors="none", edgecolors=_ACCENT,
         linewidths=1.2,

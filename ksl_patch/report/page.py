@@ -21,6 +21,7 @@ from ksl_patch.evidence import (
     Evaluation,
     Figure,
     against,
+    in_words,
     interval,
     of_seeds,
     read,
@@ -104,6 +105,7 @@ def _section(name: str, patch: Patch, tested: AllRows | None) -> dict[str, Any]:
             for metric, (label, _, _) in METRICS.items()
         ],
         "leads": _leads(evaluation),
+        "several_seeds": any(len(system.seeds) > 1 for system in systems),
         "p_ranks": P_RANKS,
         "metrics": [label for label, _, _ in METRICS.values()],
         "systems": [(system.label, system.size) for system in systems],
@@ -218,6 +220,7 @@ def _comparison(patches: Sequence[Patch]) -> dict[str, Any]:
             ("rows", [str(len(patch.token_ids)) for patch in patches]),
             ("rows chosen by", [patch.meta.ticket.selection if patch.meta.ticket else "" for patch in patches]),
             ("measured on", [evaluation.what if evaluation else "" for evaluation in evaluations]),
+            ("new tokens, at most", [str(e.max_new_tokens or "") if e else "" for e in evaluations]),
             (
                 "loss, base → patch",
                 [f"{e.loss_base:.3f} → {e.loss_patch:.3f}" if e else "" for e in evaluations],
@@ -225,7 +228,7 @@ def _comparison(patches: Sequence[Patch]) -> dict[str, Any]:
         ],
         "dots": _dots("all", [(name, found, "patch") for name, found in zip(names, scores, strict=True)]),
         "shared": [[str(len(a & b)) for b in ids] for a in ids],
-        "same_data": len({e.data_digest for e in evaluations if e}) <= 1,
+        "same_data": len({(e.data_digest, e.max_new_tokens) for e in evaluations if e}) <= 1,
     }
 
 
@@ -251,7 +254,7 @@ def _provenance(patch: Patch, evaluation: Evaluation | None) -> list[tuple[str, 
         if t.hyperparameters:
             lines.append(("optimiser", ", ".join(f"{name} {value}" for name, value in t.hyperparameters.items())))
     if evaluation:
-        lines.append(("held-out data", evaluation.data_digest))
+        lines.append((f"{in_words(evaluation.pairs, evaluation.part)}", evaluation.data_digest))
         lines += [(f"{name} signature", value) for name, value in evaluation.signatures.items()]
     return lines
 

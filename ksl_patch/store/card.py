@@ -109,7 +109,8 @@ def _figures(value: dict[str, Any] | None) -> str:
         evaluation = None
     if evaluation is None or not evaluation.systems:
         rows = [(key, f"{number:.4g}") for key, number in (value or {}).items() if isinstance(number, int | float)]
-        return markdown_table(("on held-out pairs", ""), rows) if rows else ""
+        where = "as the file has it" if evaluation is None else f"on {evaluation.what}"
+        return markdown_table((where, ""), rows) if rows else ""
     head = ("", *(label for label, _, _ in METRICS.values()))
     level = f"{evaluation.confidence or 0:.0%}"
     how = (

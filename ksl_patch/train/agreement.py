@@ -54,10 +54,10 @@ def certify(
         notes.append("These are the dev pairs: if the patch was chosen by them, the bounds do not hold.")
     elif uses is not None and uses > 1:
         notes.append(
-            f"{uses} patches of this run folder were measured on these pairs: if this one was chosen by that, the "
-            "bounds do not hold."
+            f"{uses} patches of this run folder were measured on these pairs, or some of them: if this one was chosen "
+            "by that, the bounds do not hold."
         )
-    if held_out.groups is not None:
+    if held_out.groups is not None and len(set(held_out.groups)) < len(held_out):
         notes.append("The pairs come in documents, so they are not independent draws, and the bounds are too high.")
     return Certificate(
         pairs=n,

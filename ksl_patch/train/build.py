@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
-from ksl_patch.base import BaseIdentity, dtype_name, find_embedding, has_other_body, identify, model_digest
+from ksl_patch.base import dtype_name, find_embedding, has_other_body
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.evidence import Evaluation, write
 from ksl_patch.hf import attach, end_token_id, load_base
@@ -59,15 +57,17 @@ from ksl_patch.train.data import (
     encode,
     make_template,
     read_pairs,
+    reading_order,
     sketch,
     split_pairs,
     template_fields,
     token_counts,
 )
 from ksl_patch.train.evaluate import Cache, token_loss
+from ksl_patch.train.loaded import Loaded, launched
 from ksl_patch.train.progress import Reporter, SilentReporter
 from ksl_patch.train.record import Record, keep, note_use, read_record, read_tests, write_record
-from ksl_patch.train.tune import TuneSettings, tune_rows
+from ksl_patch.train.tune import TuneSettings, optimiser, tune_rows
 
 Mode = Literal["partial", "transfer"]
 
@@ -126,33 +126,6 @@ def build(config: BuildConfig, run: Path, reporter: Reporter | None = None) -> P
     return Build(config, run, reporter or SilentReporter()).patch()
 
 
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A base in memory, with what was read of it before its weights were cast to the dtype that they compute in.
-
-    digest: of all that decides its outputs (`model_digest`). dtype: the table's own. scale: the standard deviation of
-    the table's values.
-    """
-
-    model: Any
-    tokenizer: Any
-    identity: BaseIdentity
-    digest: str
-    dtype: torch.dtype
-    scale: float
-
-    @classmethod
-    def of(cls, model: Any, tokenizer: Any) -> Loaded:
-        """Look at a model, and cast it where that is better to compute in and exact for its values."""
-        table = find_embedding(model)
-        identity, digest = identify(model, tokenizer), model_digest(model, tokenizer)
-        dtype, scale = table.weight.dtype, float(table.weight.detach().float().std())
-        # float16's range is too small for gradients, and many processors are twice as fast in float32 as in bfloat16.
-        if dtype == torch.float16 or (model.device.type == "cpu" and not _cpu_computes_bfloat16()):
-            model.float()
-        return cls(model, tokenizer, identity, digest, dtype, scale)
-
-
 class Build:
     """A build whose stages are computed once, on demand, and kept in the run folder.
 
@@ -175,6 +148,8 @@ class Build:
         if config.scope == "prompt" and config.side != "input":
             raise RunError("scope 'prompt' needs side 'input': the output side acts on what follows the prompt.")
         fields = template_fields(config.template, config.system)
+        if config.columns[1] in fields:
+            raise RunError(f"the template must not hold the answer: remove {{{config.columns[1]}}}.")
         self.pairs = split_pairs(
             read_pairs(config.pairs, Columns(*config.columns, config.group, tuple(fields))),
             held_out=config.held_out,
@@ -182,15 +157,16 @@ class Build:
             seed=config.data_seed,
             limit=config.max_pairs,
         )
-        for count, what in (
-            (self.pairs.duplicates, "whose source occurs before"),
-            (self.pairs.unused, "of held-out documents beyond what is measured"),
+        for event, count, what in (
+            ("duplicates", self.pairs.duplicates, "whose source occurs before"),
+            ("unused", self.pairs.unused, "of held-out documents beyond what is measured"),
         ):
             if count:
-                reporter.note("duplicates", f"{count} pairs {what} were left out", pairs=count)
+                reporter.note(event, f"{count} pairs {what} were left out", pairs=count)
         # Under a launcher each process has a device of its own.
         state = launched(config.device)
-        device, self.processes = config.device or str(state.device), state.num_processes
+        device = config.device or str(state.device)
+        self.processes: int = state.num_processes
         if loaded is None:
             loaded = Loaded.of(*load_base(config.base, revision=config.revision, device=device))
         self.loaded = loaded
@@ -220,13 +196,18 @@ class Build:
         """Where what systems did on pairs is kept."""
         return Cache(self.run / "outputs", self.loaded.digest)
 
+    @property
+    def batch(self) -> int:
+        """Pairs in a step, over all processes."""
+        return self.config.batch_size * self.config.accumulate * self.processes
+
     def read_in(self, steps: int) -> list[Example]:
         """What so many steps of a tuning read, in that order, with repetitions."""
-        return [self.train.examples[i] for i in self._settings(steps, 0.0, False).order(len(self.train))]
+        return [self.train.examples[i] for i in reading_order(len(self.train), steps * self.batch, self.config.seed)]
 
     def pairs_read_in(self, steps: int) -> list[Pair]:
         """The different pairs that so many steps of a tuning read."""
-        order = self._settings(steps, 0.0, False).order(len(self.train))
+        order = reading_order(len(self.train), steps * self.batch, self.config.seed)
         return [self.train.pairs[i] for i in dict.fromkeys(order)]
 
     @cached_property
@@ -398,7 +379,7 @@ class Build:
                 steps=config.steps if partial else 0,
                 lr=config.lr * self.scale if partial else 0.0,
                 optimiser="AdamW, weight decay 0, linear decay",
-                batch_size=config.batch_size * config.accumulate * self.processes,
+                batch_size=self.batch,
                 seed=config.seed,
                 data_digest=data_digest(self.pairs.train),
                 pairs=len(self.train),
@@ -413,13 +394,13 @@ class Build:
             ),
         )
 
-    def _hyperparameters(self, rows: int, partial: bool, tuned: bool) -> dict[str, float | str | bool]:
+    def _hyperparameters(self, rows: int, partial: bool, tuned: bool) -> dict[str, int | float | str | bool]:
         """What the optimiser of the rows was set to; embed_: what is other in the embedding tuning before."""
         config, d = self.config, self.base.hidden_size
-        found = self._settings(config.steps, 0.0, False).optimiser(rows * d) if partial else {}
+        found = optimiser(rows * d, damp_rare=False) if partial else {}
         if tuned:
             n = np.count_nonzero(self.embed_counts) if config.side == "input" else self.base.vocab_size
-            embed = self._settings(config.embed_steps, 0.0, config.damp_rare).optimiser(int(n) * d)
+            embed = optimiser(int(n) * d, damp_rare=config.damp_rare)
             found = found or {key: value for key, value in embed.items() if key != "adam_epsilon"}
             found |= {"damp_rare": config.damp_rare, "embed_adam_epsilon": embed["adam_epsilon"]}
         return found | {
@@ -442,6 +423,7 @@ class Build:
             loss_patch=self.patched_loss(patch),
             part="dev",
         )
+        self.note_use(self.dev, patch)
         self.reporter.note(
             "dev",
             f"loss on {result.pairs} dev pairs: base {result.loss_base:.3f}, patch {result.loss_patch:.3f}",
@@ -457,36 +439,35 @@ class Build:
         with attach(self.model) as handle, handle.serving(handle.bank.add(slot_rows(patch))):
             return token_loss(self.model, (pairs or self.dev).examples, handle=handle)
 
-    def note_use(self, pairs: str, patch: Patch) -> int:
-        """Remember that a patch was measured on pairs, by digest; how many patches that makes in this run folder."""
-        return note_use(self.run, pairs, patch.digest)
-
-    def _settings(self, steps: int, lr: float, damp_rare: bool) -> TuneSettings:
-        config = self.config
-        return TuneSettings(
-            steps=steps,
-            lr=lr * self.scale,
-            batch_size=config.batch_size,
-            accumulate=config.accumulate,
-            seed=config.seed,
-            checkpoint_every=config.checkpoint_every,
-            processes=self.processes,
-            gradient_checkpointing=config.gradient_checkpointing,
-            damp_rare=damp_rare,
-        )
+    def note_use(self, pairs: Encoded, patch: Patch) -> int:
+        """Remember that a patch was measured on pairs; how many patches of this run folder were on any of them."""
+        return note_use(self.run, patch.digest, pairs)
 
     def _tune(
         self, stage: str, kind: str, token_ids: torch.Tensor, steps: int, lr: float, ticket: Ticket | None
     ) -> torch.Tensor:
-        config = self.config
+        config, key = self.config, self._tune_key(steps, lr, ticket)
+        folder = self._folder(kind, key)
+        if not (folder / "rows.safetensors").is_file():
+            keep(folder / "settings.json", json.dumps(key, indent=1).encode())
         return tune_rows(
             self.model,
             token_ids,
-            self.train.examples,
-            self._settings(steps, lr, ticket is None and config.damp_rare),
+            self.read_in(steps),
+            TuneSettings(
+                steps=steps,
+                lr=lr * self.scale,
+                batch_size=config.batch_size,
+                accumulate=config.accumulate,
+                processes=self.processes,
+                seed=config.seed,
+                checkpoint_every=config.checkpoint_every,
+                gradient_checkpointing=config.gradient_checkpointing,
+                damp_rare=ticket is None and config.damp_rare,
+            ),
             side=config.side,
             scope=config.scope,
-            folder=self._folder(kind, self._tune_key(steps, lr, ticket)),
+            folder=folder,
             stage=stage,
             reporter=self.reporter,
         )
@@ -506,7 +487,7 @@ class Build:
             "steps": steps,
             "lr": lr,
             "damp_rare": ticket is None and config.damp_rare,
-            "batch": config.batch_size * config.accumulate * self.processes,
+            "batch": self.batch,
             "seed": config.seed,
             "machine": {
                 "device": self.model.device.type,
@@ -525,19 +506,13 @@ class Build:
 
         A build that was opened again takes a stage that was finished on another kind of machine, where it has no other.
         """
-        text = json.dumps(key, indent=1, sort_keys=True)
-        folder = self.run / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        folder = self.run / f"{kind}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
         if self._reopened and not (folder / "rows.safetensors").is_file():
             for settings in sorted(self.run.glob(f"{kind}-*/settings.json")):
                 if (settings.parent / "rows.safetensors").is_file():
-                    found = json.loads(settings.read_bytes())
-                    if {**found, "machine": None} == {**key, "machine": None}:
-                        return settings.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "settings.json", text.encode())
-        except OSError as error:
-            raise RunError(f"cannot keep the run in {folder}: {error.strerror or error}.") from error
+                    with suppress(OSError, ValueError, TypeError):  # not a stage of ours
+                        if {**json.loads(settings.read_bytes()), "machine": None} == {**key, "machine": None}:
+                            return settings.parent
         return folder
 
     def _once(self, name: str, value: dict[str, Any]) -> dict[str, Any]:
@@ -607,6 +582,10 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
         config = BuildConfig(**record.config | changes)
     except TypeError as error:
         raise RunError(f"the record of the build in {run} is of another version of ksl-patch ({error}).") from error
+    if "dev" not in record.config:
+        raise RunError(
+            f"the patch is of an earlier ksl-patch, whose split of the pairs was another: build it again in {run}."
+        )
     # As many pairs in a step as all processes had together.
     accumulate, rest = divmod(config.accumulate * record.processes, launched(config.device).num_processes)
     if rest:
@@ -618,28 +597,10 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
             f"the pairs in {config.pairs} do not give the training data of this patch; "
             "name the file that it was built from with --pairs."
         )
-    if has_other_body(patch.meta.base, build.model, build.base.body):
+    if has_other_body(patch.meta.base, build.model):
         raise RunError(
             f"{config.base} has the embedding of the base that this patch was trained on, and other weights behind it: "
             "give --base the one it was trained on, or measure the patch on this one with --alone."
         )
     patch.check(build.model, build.tokenizer)
     return build
-
-
-def launched(device: str | None) -> PartialState:
-    """The processes that a launcher (torchrun) started to train together; one without a launcher.
-
-    device: what the user wants to train on. Raises RunError where the launcher's processes do not find each other.
-    """
-    state = PartialState(cpu=not torch.accelerator.is_available() or (device or "").startswith("cpu"))
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if state.num_processes != started:
-        raise RunError(f"the launcher started {started} processes, and {state.num_processes} train together here.")
-    return state
-
-
-def _cpu_computes_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself; where torch cannot tell, it is taken not to."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(value for name, value in capabilities.items() if name.endswith("bf16"))

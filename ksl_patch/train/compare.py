@@ -145,12 +145,16 @@ def evaluate(
             Sample(
                 source=pair.source,
                 reference=pair.target,
-                base=before[:_SAMPLE_CHARACTERS],
-                patch=after[:_SAMPLE_CHARACTERS],
+                base=_cut(before),
+                patch=_cut(after),
             )
             for pair, before, after in zip(held_out.pairs, base.texts, runs["patch"][0].texts, strict=True)
         ][:_SAMPLES],
     )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SAMPLE_CHARACTERS else text[:_SAMPLE_CHARACTERS] + " […]"
 
 
 def _notes(scores: Sequence[SystemScores], scorer: Scorer, seeds: int, part: str | None, uses: int | None) -> list[str]:
@@ -164,24 +168,29 @@ def _notes(scores: Sequence[SystemScores], scorer: Scorer, seeds: int, part: str
         )
     else:
         notes.append("One training seed: how far another one's patch would be from this was not measured (--seeds).")
-    if scorer.documents is not None:
-        few = ", which is few for it" if scorer.documents < 20 else ""
-        notes.append(f"Intervals resample {scorer.documents} documents{few}, not sentences, which are not independent.")
+    if scorer.documents == 1:
+        notes.append("All pairs are of one document, so there are no intervals: they are no independent examples.")
+    elif scorer.documents is not None:
+        few = ", too few to trust them," if scorer.documents < 20 else ""
+        notes.append(
+            f"Intervals resample {scorer.documents} documents{few} and not sentences, which are not independent."
+        )
     figures = [figure for system in scores for figure in system.figures.values()]
     intervals = sum((figure.low is not None) + (figure.patch_minus is not None) for figure in figures)
-    notes.append(
-        f"These are {intervals} intervals of {level}, each by itself: about {intervals * (1 - scorer.confidence):.0f} "
-        "of them would miss by chance alone. Say beforehand which one counts."
-    )
+    if intervals:
+        notes.append(
+            f"These are {intervals} intervals of {level}, each by itself: about "
+            f"{intervals * (1 - scorer.confidence):.1f} of them would miss by chance alone. Say beforehand which counts."
+        )
     if part == "dev":
         notes.append("These are the dev pairs, which choices are made on: figures to publish come from others.")
     elif uses is not None and uses > 1:
         notes.append(
-            f"{uses} patches of this run folder were measured on these pairs. If one of them was chosen by that, its "
-            "figures here are too good: choose on the dev pairs (--part dev)."
+            f"{uses} patches of this run folder were measured on these pairs, or some of them. If one of them was chosen "
+            "by that, its figures here are too good: choose on the dev pairs (--part dev)."
         )
     elif uses == 1:
-        notes.append("This is the first patch of its run folder that these pairs measured.")
+        notes.append("No other patch of this run folder was measured on any of these pairs.")
     return notes
 
 
@@ -212,17 +221,22 @@ def encode_test(
             pairs=count,
         )
     training = patch.meta.training
-    read = 0
-    if training is not None and training.sources is not None:
-        read = seen(training.sources, kept)
-    elif build is not None:
-        trained = {pair.key for pair in build.pairs.train}
-        read = sum(pair.key in trained for pair in kept)
+    if build is not None:
+        trained, chosen = ({pair.key for pair in part} for part in (build.pairs.train, build.pairs.dev))
+        read, whole = sum(pair.key in trained for pair in kept), True
+        if count := sum(pair.key in chosen for pair in kept):
+            message = f"{count} of the test pairs are dev pairs of the build: choices may have been made on them"
+            reporter.note("dev", message, pairs=count)
+    else:
+        read, whole = seen(training.sources, kept) if training and training.sources else (0, True)
     if read:
         raise DataError(
-            f"{read} of the {len(kept)} test pairs were read in the patch's own training, so they say nothing about "
-            "new text; give pairs that no training saw."
+            f"{'' if whole else 'at least '}{read} of the {len(kept)} test pairs are in the patch's own training data, "
+            "so they say nothing about new text; give pairs that no training saw."
         )
+    if not whole:
+        message = "the patch holds hashes of a part of its training sentences: only these were compared with the test"
+        reporter.note("sampled", message)
     if build is None and (training is None or training.sources is None):
         reporter.note("unchecked", "the patch does not say what it was trained on: it may have seen the test pairs")
     if build is not None:

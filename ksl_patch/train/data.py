@@ -19,7 +19,7 @@ import torch
 
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.hf import prompt_ids
-from ksl_patch.patch import TemplateMeta
+from ksl_patch.patch import TemplateMeta, check_fields
 
 IGNORED = -100  # transformers' label of a position without loss
 
@@ -203,17 +203,18 @@ def reading_order(pairs: int, reads: int, seed: int) -> list[int]:
 _SKETCH, _HASH = 1024, 5  # hashes that are kept, and bytes of each
 
 
-def _hashes(pairs: Iterable[Pair]) -> list[bytes]:
-    return [hashlib.sha256(pair.key.encode()).digest()[:_HASH] for pair in pairs]
+def pair_hash(pair: Pair) -> bytes:
+    """5 bytes that a pair's source gives; see `Pair.key`."""
+    return hashlib.sha256(pair.key.encode()).digest()[:_HASH]
 
 
 def sketch(pairs: Iterable[Pair]) -> str:
     """Hashes of the pairs' sources, 5 bytes each, in base64: all of up to 1,024, else the smallest 1,024."""
-    return base64.b64encode(b"".join(sorted(set(_hashes(pairs)))[:_SKETCH])).decode()
+    return base64.b64encode(b"".join(sorted(set(map(pair_hash, pairs)))[:_SKETCH])).decode()
 
 
-def seen(kept: str, pairs: Iterable[Pair]) -> int:
-    """How many pairs have a source of which `kept` is the sketch; at least so many where it is of more than 1,024.
+def seen(kept: str, pairs: Iterable[Pair]) -> tuple[int, bool]:
+    """How many pairs have a source that is in the sketch `kept`, and whether that holds all of its sources.
 
     Raises DataError when it is no sketch.
     """
@@ -222,7 +223,7 @@ def seen(kept: str, pairs: Iterable[Pair]) -> int:
     except ValueError as error:
         raise DataError(f"the patch's hashes of its training sentences cannot be read ({error}).") from error
     known = {content[i : i + _HASH] for i in range(0, len(content), _HASH)}
-    return sum(each in known for each in _hashes(pairs))
+    return sum(pair_hash(pair) in known for pair in pairs), len(known) < _SKETCH
 
 
 def data_digest(pairs: Iterable[Pair]) -> str:
@@ -251,6 +252,8 @@ def make_template(
     system: a chat's system prompt, which may name columns too.
     """
     source, target = language_name(source_language), language_name(language)
+    if system is not None and "{source}" in system:
+        raise RunError("the sentence goes into the user's message: remove {source} from the system prompt.")
     if system is not None and kind != "chat":
         raise RunError("a system prompt is for the chat template: add --template chat, or put it into the template.")
     if kind == "plain":
@@ -281,8 +284,10 @@ def make_template(
 
 
 def template_fields(kind: str, system: str | None) -> list[str]:
-    """The columns beside the source that a template of this kind names."""
-    return _fields(system or "") if kind in ("plain", "chat") else _fields(kind)
+    """The columns beside the source that a template of this kind names. Raises PatchError for what cannot be one."""
+    fields = _fields(system or "") if kind in ("plain", "chat") else _fields(kind)
+    check_fields(fields)
+    return fields
 
 
 def _fields(text: str) -> list[str]:
@@ -367,13 +372,13 @@ def _pair(record: Any, columns: Columns, where: str) -> Pair:
     source, target = record[columns.source], record[columns.target]
     if not all(isinstance(text, str) and text.strip() for text in (source, target)):
         raise DataError(f"{where}: source and target must both be text that is not empty.")
-    group = "" if columns.group is None else record[columns.group]
+    group = record[columns.group] if columns.group else None
+    group = "" if group is None else str(group) if isinstance(group, int) else group
     fields = tuple((name, record[name]) for name in columns.fields)
-    if isinstance(group, int):
-        group = str(group)
     if not all(isinstance(text, str) for text in (group, *(text for _, text in fields))):
-        raise DataError(f"{where}: what is in the columns {', '.join(map(repr, columns.names[2:]))} must be text.")
-    return Pair(source.strip(), target.strip(), group, fields)
+        names = ", ".join(map(repr, columns.names[2:]))
+        raise DataError(f"{where}: what is in the columns {names} must be text (a document may be an integer too).")
+    return Pair(source.strip(), target.strip(), group.strip(), fields)
 
 
 def _read_jsonl(path: Path, columns: Columns) -> Iterable[Pair]:
@@ -394,9 +399,11 @@ def _read_tsv(path: Path, columns: Columns) -> Iterable[Pair]:
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         names = [columns.source, columns.target]
         try:
+            begun = False
             for number, fields in enumerate(reader, start=1):
                 where = f"{path}, line {number}"
-                if number == 1 and (set(names) <= set(fields) or columns.names != names):
+                first, begun = not begun and bool(fields), begun or bool(fields)
+                if first and (set(names) <= set(fields) or columns.names != names):
                     if not set(columns.names) <= set(fields):
                         expected = ", ".join(map(repr, columns.names))
                         raise DataError(f"{where}: expected a line with the columns' names {expected}, found {fields}.")

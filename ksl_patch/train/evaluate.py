@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from ksl_patch.base import dtype_name
+from ksl_patch.errors import RunError
 from ksl_patch.evidence import Difference, Figure
 from ksl_patch.hf import Completion, PatchHandle, attach, generate
 from ksl_patch.overlay import slot_rows
@@ -87,6 +88,8 @@ def answer_losses(
         each[answer] = F.cross_entropy(logits[answer].float(), labels[answer], reduction="none")
         for i, loss, count in zip(part, each.double().sum(dim=1).tolist(), answer.sum(dim=1).tolist(), strict=True):
             losses[i], counts[i] = loss, count
+    if not math.isfinite(sum(losses)):
+        raise RunError("the model's loss on these pairs is not a number: its rows or its weights are too large.")
     return losses, counts
 
 
@@ -221,9 +224,9 @@ class Scorer:
             gain = self._difference(own, scores)
             found[name] = Figure(
                 value=float(own[0]),
-                difference=gain.value,
-                low=gain.low,
-                high=gain.high,
+                difference=float(own[0] - scores[0]),
+                low=None if gain is None else gain.low,
+                high=None if gain is None else gain.high,
                 per_seed=[float(each[name][0]) for each in per_run],
                 patch_minus=None if of_patch is None else self._difference(of_patch[name], own),
             )
@@ -236,7 +239,9 @@ class Scorer:
             for name, scores in self._resampled(base).items()
         }
 
-    def _difference(self, one: np.ndarray, other: np.ndarray) -> Difference:
+    def _difference(self, one: np.ndarray, other: np.ndarray) -> Difference | None:
+        if self.documents == 1:
+            return None
         difference = one - other
         tail = (1 - self.confidence) / 2
         low, high = np.quantile(difference[1:], [tail, 1 - tail])
@@ -272,22 +277,25 @@ class Scorer:
         return np.array([metric._compute_score_from_stats(sums.tolist()).score for sums in self._draws @ statistics])
 
 
-# How BLEU cuts text that puts no spaces between its words, or is not to be cut at them: sacrebleu's tokenizers. The
-# morphological ones are packages of their own, without which characters are counted.
-_WORDS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
-_NO_SPACES = ("bo", "dz", "km", "lo", "my", "shn", "th", "yue", "wuu")
+# How BLEU cuts text in scripts that put no spaces between words, or are not to be cut at them: sacrebleu's tokenizers.
+# The morphological ones are packages of their own, without which characters are counted.
+_WORDS = {"Hans": "zh", "Hant": "zh", "Hani": "zh", "Jpan": "ja-mecab", "Kore": "ko-mecab", "Hang": "ko-mecab"}
+_NO_SPACES = ("Thai", "Laoo", "Khmr", "Mymr", "Tibt", "Lana", "Tale", "Talu", "Java", "Bali")
 
 
 def _words(language: str | None) -> tuple[Any, list[str]]:
+    import langcodes
     from sacrebleu.metrics import BLEU
 
-    tag = (language or "").split("-")[0].lower()
-    name = _WORDS.get(tag, "char" if tag in _NO_SPACES else "13a")
+    # "zho", "cmn" and "lzh" are written as "zh" is.
+    script = langcodes.get(langcodes.standardize_tag(language, macro=True)).maximize().script if language else None
+    name = _WORDS.get(script or "", "char" if script in _NO_SPACES else "13a")
     try:
         return BLEU(tokenize=name), []
     except RuntimeError:
-        note = f"BLEU is over characters, since sacrebleu's tokenizer for {tag} is not installed: pip install "
-        return BLEU(tokenize="char"), [f"{note}'sacrebleu[{tag}]'."]
+        extra = name.partition("-")[0]
+        note = f"BLEU is over characters, since sacrebleu's tokenizer {name} is not installed: pip install "
+        return BLEU(tokenize="char"), [f"{note}'sacrebleu[{extra}]'."]
 
 
 def _bleu(language: str | None) -> tuple[Any, list[str]]:

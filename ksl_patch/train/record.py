@@ -7,12 +7,14 @@ import re
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from ksl_patch.errors import RunError
 from ksl_patch.patch import write_atomically
+from ksl_patch.train.data import Encoded, pair_hash
 
 _STAGE = re.compile(r"[a-z]+-[0-9a-f]+")
 
@@ -26,7 +28,7 @@ class Record:
 
     config: dict[str, Any]
     tests: str | None
-    processes: int = 1
+    processes: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
 def write_record(run: Path, digest: str, record: Record) -> None:
@@ -47,7 +49,7 @@ def read_record(run: Path, digest: str) -> Record:
     """The record of the patch with this digest. Raises RunError when there is none or it cannot be read."""
     file = _file(run, digest)
     try:
-        record = Record(**json.loads(file.read_bytes()))
+        record = msgspec.json.decode(file.read_bytes(), type=Record)
         if record.tests is not None and not _STAGE.fullmatch(record.tests):
             raise ValueError(f"{record.tests!r} is not a stage's folder")
         for name in ("columns", "rows"):
@@ -62,21 +64,18 @@ def read_record(run: Path, digest: str) -> Record:
     return record
 
 
-def note_use(run: Path, pairs: str, patch: str) -> int:
-    """Remember that a patch was measured on pairs, both by digest; on how many different patches they were used here.
+def note_use(run: Path, patch: str, pairs: Encoded) -> int:
+    """Remember that a patch (by digest) was measured on pairs; how many patches were on any of them. Raises RunError.
 
-    Raises RunError.
+    A use is a file of its own, so that evaluations beside each other lose none.
     """
-    file = run / "uses.json"
-    try:
-        uses = json.loads(file.read_bytes()) if file.is_file() else {}
-        found = uses.setdefault(pairs, [])
-        if patch not in found:
-            found.append(patch)
-            keep(file, json.dumps(uses, indent=1).encode())
-    except (OSError, ValueError, AttributeError) as error:
-        raise RunError(f"cannot read {file} ({error}): delete it, and it begins anew.") from error
-    return len(found)
+    keys = sorted(pair_hash(pair).hex() for pair in pairs.pairs)
+    keep(run / "uses" / f"{patch[:16]}-{pairs.digest[:16]}", "\n".join(keys).encode())
+    patches = set()
+    for file in (run / "uses").iterdir():
+        if not file.name.startswith(".") and not set(keys).isdisjoint(file.read_text("ascii", "replace").split()):
+            patches.add(file.name.partition("-")[0])
+    return len(patches)
 
 
 def read_tests(file: Path) -> dict[str, np.ndarray]:

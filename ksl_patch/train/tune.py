@@ -18,7 +18,7 @@ from ksl_patch.base import find_embedding
 from ksl_patch.errors import RunError
 from ksl_patch.overlay import training
 from ksl_patch.patch import Scope, Side, write_atomically
-from ksl_patch.train.data import Example, collate, reading_order
+from ksl_patch.train.data import Example, collate
 from ksl_patch.train.progress import Reporter
 
 _COMPLETE = "complete"
@@ -42,22 +42,19 @@ class TuneSettings:
     gradient_checkpointing: bool = False
     damp_rare: bool = False
 
-    def order(self, examples: int) -> list[int]:
-        """Which of so many examples each read takes: steps x batch_size x accumulate x processes of them."""
-        return reading_order(examples, self.steps * self.batch_size * self.accumulate * self.processes, self.seed)
 
-    def optimiser(self, numbers: int) -> dict[str, float | str | bool]:
-        """The optimiser's hyper-parameters for so many trained numbers, by transformers' names for them."""
-        return {
-            "optim": "adamw_torch",
-            "adam_beta1": 0.9,
-            "adam_beta2": 0.95,
-            "adam_epsilon": numbers**-0.5 if self.damp_rare else 1e-8,
-            "max_grad_norm": 1.0,
-            "weight_decay": 0.0,  # decay would move rows that no example has
-            "lr_scheduler_type": "linear",
-            "warmup_steps": 0,
-        }
+def optimiser(numbers: int, *, damp_rare: bool) -> dict[str, int | float | str | bool]:
+    """The optimiser's hyper-parameters for so many trained numbers, by transformers' names for them."""
+    return {
+        "optim": "adamw_torch",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_epsilon": numbers**-0.5 if damp_rare else 1e-8,
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.0,  # decay would move rows that no example has
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+    }
 
 
 def tune_rows(
@@ -74,6 +71,7 @@ def tune_rows(
 ) -> torch.Tensor:
     """Train the rows of `token_ids` (int64 [k]) from the base's values; returns them as float32 [k, d].
 
+    examples: what is read, in this order: steps x batch_size x accumulate x processes of them.
     The optimiser holds k x d numbers; the model's own weights are frozen and never copied. Checkpoints in
     `folder` let a killed run continue to the same result; a finished stage is read back from `rows.safetensors`.
     """
@@ -92,8 +90,7 @@ def tune_rows(
         trainer = _RowTrainer(
             model=model,
             args=_arguments(settings, folder, model.device, trained.rows.numel()),
-            # In the order of reading, so that which examples were read is known.
-            train_dataset=[examples[i] for i in settings.order(len(examples))],  # type: ignore[arg-type]
+            train_dataset=list(examples),  # type: ignore[arg-type]
             data_collator=lambda batch: collate(batch, pad=0),  # masked and without labels: any id will do
             callbacks=[_Progress(stage, reporter)],
         )
@@ -125,7 +122,7 @@ def _arguments(settings: TuneSettings, folder: Path, device: torch.device, numbe
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.lr,
         train_sampling_strategy="sequential",
-        **settings.optimiser(numbers),
+        **optimiser(numbers, damp_rare=settings.damp_rare),
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=device.type == "cpu",
@@ -141,7 +138,7 @@ def _arguments(settings: TuneSettings, folder: Path, device: torch.device, numbe
         remove_unused_columns=False,
     )
     # Without a launcher the Trainer would copy the model to every GPU it sees, and the copies' overlays would not
-    # be trained; several GPUs are a matter of `accelerate launch`.
+    # be trained; several GPUs are a matter of torchrun.
     arguments.device  # noqa: B018 - sets _n_gpu
     arguments._n_gpu = min(arguments._n_gpu, 1)
     return arguments
