@@ -259,27 +259,26 @@ def identify(model: Any, tokenizer: Any = None) -> BaseIdentity:
 
 @torch.no_grad()
 def body_digest(model: Any, dtype: torch.dtype) -> str | None:
-    """sha256 over the weights that are not of the table's shape: their shapes and up to 256 values of each.
+    """sha256 over the weights and buffers beside the table, in their order: shapes and up to 256 values of each.
 
     dtype: what the values are rounded to before, so that the same weights have one digest in whatever finer dtype they
-    are loaded. Names do not count: wrappers change them. A merged adapter or a fine-tune changes much of what is
-    sampled. None where weights are quantised, offloaded or sharded.
+    are loaded. Names do not count, since wrappers change them, nor does a head that is a copy of the table. A merged
+    adapter or a fine-tune changes much of what is sampled. None where weights are quantised, offloaded or sharded.
     """
-    shape = _table_shape(model)
-    found = []
-    for weight in model.parameters():
-        if weight.shape != shape:
-            values = _sample(weight) if weight.dtype in _FLOATS else None
-            if values is None:
-                return None
-            found.append(f"{list(weight.shape)} ".encode() + bytes(tensor_bytes(values.to(dtype).float())))
-    return hashlib.sha256(b"\n".join(sorted(found))).hexdigest()
-
-
-def _table_shape(model: Any) -> torch.Size:
-    """The shape [V, d] of a model's table, which a head of its own has too."""
-    weight = getattr(innermost(model.get_input_embeddings()), "weight", None)
-    return torch.Size() if weight is None else weight.shape
+    table = getattr(innermost(model.get_input_embeddings()), "weight", None)
+    own = None if table is None else _sample(table)
+    digest = hashlib.sha256()
+    for weight in model.state_dict().values():
+        if not isinstance(weight, torch.Tensor) or weight.dtype in (torch.uint8, torch.int8):
+            return None
+        values = _sample(weight)
+        if values is None:
+            return None
+        if own is not None and values.shape == own.shape and torch.equal(values, own):
+            continue
+        digest.update(f"{list(weight.shape)} ".encode())
+        digest.update(tensor_bytes(values.to(dtype).float() if weight.is_floating_point() else values))
+    return digest.hexdigest()
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor | None:
@@ -293,19 +292,24 @@ def _sample(weight: torch.Tensor) -> torch.Tensor | None:
         return None
 
 
-def has_other_body(identity: BaseIdentity, model: Any, body: Callable[[torch.dtype], str | None] | None = None) -> bool:
-    """Whether a model with a patch's table has other weights behind it than the patch was made with.
+def has_other_weights(
+    identity: BaseIdentity, model: Any, body: Callable[[torch.dtype], str | None] | None = None
+) -> bool:
+    """Whether a model that has a patch's rows has other weights beside them than the patch was made with.
 
-    False where that cannot be told: weights in a coarser dtype than the patch's base, quantised, offloaded, or with
-    PEFT's adapters on them. body: the model's `body_digest`, where it is kept.
+    Samples of the table and of all other weights are compared. False where that cannot be told: weights in a coarser
+    dtype than the patch's base, quantised, offloaded, without the head, or with PEFT's adapters on them. body: the
+    model's `body_digest`, where it is kept.
     """
-    if identity.body is None or hasattr(model, "peft_config"):
-        return False
     adapters = _peft_layers()[0] if "peft" in sys.modules else ()
-    if any(isinstance(module, adapters) for module in model.modules()):
+    if hasattr(model, "peft_config") or any(isinstance(module, adapters) for module in model.modules()):
         return False
-    dtype = getattr(torch, identity.dtype)
-    if any(weight.dtype not in (dtype, torch.float32) for weight in model.parameters()):
+    dtype, table = getattr(torch, identity.dtype), find_embedding(model)
+    if not table.plain or any(weight.dtype not in (dtype, torch.float32) for weight in model.parameters()):
+        return False
+    if fingerprint(table.weight, dtype) != identity.fingerprint:
+        return True
+    if identity.body is None or (table.head is None and not identity.tied):
         return False
     found = body(dtype) if body is not None else body_digest(model, dtype)
     return found is not None and found != identity.body
@@ -313,21 +317,34 @@ def has_other_body(identity: BaseIdentity, model: Any, body: Callable[[torch.dty
 
 @torch.no_grad()
 def model_digest(model: Any, tokenizer: Any) -> str:
-    """sha256 over what decides a model's outputs: weights, configuration, how it generates, vocabulary.
+    """sha256 over what decides a model's outputs: weights, configuration, adapters, how it generates, the tokenizer.
 
     Weights of the table's shape count in every value, others by samples. It names what was computed, in a run folder;
     values cast to another dtype are another model.
     """
-    shape = _table_shape(model)
-    digest = hashlib.sha256(tokenizer_digest(tokenizer).encode())
+    shape = getattr(getattr(innermost(model.get_input_embeddings()), "weight", None), "shape", None)
+    digest = hashlib.sha256(_tokenizer_text(tokenizer).encode())
     for name, weight in sorted(model.state_dict().items()):
+        if not isinstance(weight, torch.Tensor):
+            continue
         values = _row_sums(weight) if weight.shape == shape and weight.dtype in _FLOATS else _sample(weight)
         digest.update(f"{name} {list(weight.shape)} {dtype_name(weight.dtype)}\n".encode())
         if values is not None:
             digest.update(tensor_bytes(values))
-    for config in (model.config, model.generation_config):
-        digest.update(json.dumps(_unlabelled(config.to_dict()), sort_keys=True, default=str).encode())
+    adapters = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
+    configs = [_unlabelled(config) for config in (model.config.to_dict(), model.generation_config.to_dict(), adapters)]
+    digest.update(json.dumps(configs, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _tokenizer_text(tokenizer: Any) -> str:
+    """A tokenizer as text: how it cuts, joins and ends, beside its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pieces = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(pieces, dict):
+        pieces = {key: value for key, value in pieces.items() if key not in ("truncation", "padding")}
+    more = [tokenizer.special_tokens_map, tokenizer.eos_token_id, getattr(tokenizer, "chat_template", None)]
+    return json.dumps([pieces, more, type(tokenizer).__name__], sort_keys=True, default=str)
 
 
 def _row_sums(table: torch.Tensor) -> torch.Tensor:
@@ -348,11 +365,14 @@ def _unlabelled(value: Any) -> Any:
     return value
 
 
-def fingerprint(weight: torch.Tensor) -> str:
-    """sha256 over shape, dtype and up to 256 evenly spaced rows of a table [V, d]: cheap at any size."""
+def fingerprint(weight: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+    """sha256 over shape, dtype and up to 256 evenly spaced rows of a table [V, d]: cheap at any size.
+
+    dtype: what the rows are rounded to before.
+    """
     sample = torch.linspace(0, weight.shape[0] - 1, min(_FINGERPRINT_ROWS, weight.shape[0])).long()
-    rows = weight.detach()[sample.to(weight.device)]
-    digest = hashlib.sha256(f"{list(weight.shape)} {dtype_name(weight.dtype)}\n".encode())
+    rows = weight.detach()[sample.to(weight.device)].to(dtype or weight.dtype)
+    digest = hashlib.sha256(f"{list(weight.shape)} {dtype_name(rows.dtype)}\n".encode())
     digest.update(tensor_bytes(rows))
     return digest.hexdigest()
 

@@ -34,4 +34,4 @@ class RunError(KslPatchError):
 
 
 class OtherBodyWarning(UserWarning):
-    """A patch is on a model that has its base's embedding and other weights behind it."""
+    """A patch is on a model that has its base's rows and other weights beside them."""

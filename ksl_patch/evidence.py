@@ -238,6 +238,14 @@ def with_interval(metric: str, figure: Figure | None) -> str:
     return show(metric, figure.value) + (f" ({between})" if between else "")
 
 
+def from_base(metric: str, figure: Figure) -> str:
+    """The difference of a figure from the base, and its interval in brackets; empty for the base."""
+    if figure.difference is None:
+        return ""
+    between = "" if figure.low is None else f" ({signed(metric, figure.low)} to {signed(metric, figure.high or 0)})"
+    return signed(metric, figure.difference) + between
+
+
 def against(metric: str, figure: Figure | None) -> str:
     """The patch's value minus this system's, and its interval in brackets; empty where there is none."""
     if figure is None or figure.patch_minus is None:

@@ -33,7 +33,7 @@ from ksl_patch.base import (
     check_base,
     dtype_name,
     find_embedding,
-    has_other_body,
+    has_other_weights,
     identify,
     tensor_bytes,
     tokenizer_digest,
@@ -63,12 +63,14 @@ class TemplateMeta:
     chat: the text is a rendered chat template, so it brings its own special tokens and none are added.
     fields: what else is filled in, such as "context" for `{context}`; other braces are only text.
     end_token_id: what ends an answer, where it is not the tokenizer's own end of sequence: a chat's end of a turn.
+    before_answer: white space that the chat template puts before an answer, and the model writes.
     """
 
     text: str
     chat: bool
     fields: list[str] | None = None
     end_token_id: int | None = None
+    before_answer: str | None = None
 
     def pieces(self) -> list[str]:
         """The text and, at every odd place, the name of what is filled in between: "source" or a field."""
@@ -191,7 +193,7 @@ class PatchMeta:
 # Fields that came later: a file without them has the bytes, and the checksum, that it always had.
 _LATER = {
     "base": ("body",),
-    "template": ("fields", "end_token_id"),
+    "template": ("fields", "end_token_id", "before_answer"),
     "training": ("pairs_read", "embed_pairs_read", "processes", "hyperparameters", "sources"),
 }
 
@@ -296,7 +298,7 @@ class Patch:
     def check(self, model: Any, tokenizer: Any = None) -> None:
         """Raise BaseMismatchError unless `model` (and `tokenizer`) is the base of this patch.
 
-        Warns with OtherBodyWarning when the table is the base's and other weights are not.
+        Warns with OtherBodyWarning when the patch's rows are the base's and other weights are not.
         """
         vocabulary = None if tokenizer is None else tokenizer_digest(tokenizer)
         self.check_table(find_embedding(model), vocabulary)
@@ -305,11 +307,11 @@ class Patch:
     def check_body(
         self, model: Any, body: Callable[[torch.dtype], str | None] | None = None, stacklevel: int = 3
     ) -> None:
-        """Warn with OtherBodyWarning when the model has other weights behind its table than the patch was made with."""
-        if has_other_body(self.meta.base, model, body):
+        """Warn with OtherBodyWarning when the model has other weights beside these rows than the patch's base."""
+        if has_other_weights(self.meta.base, model, body):
             warnings.warn(
-                f"{self.meta.name} was made for another model with the same embedding (a fine-tune, or one with merged "
-                "adapters): it works on this one, but what was measured of it need not hold here.",
+                f"{self.meta.name} was made for another model that has the same rows (this one may be a fine-tune, or "
+                "have merged adapters): it works on this one, but what was measured of it need not hold here.",
                 OtherBodyWarning,
                 stacklevel=stacklevel,
             )

@@ -109,13 +109,14 @@ def given_ticket(tokens: Sequence[str | int], tokenizer: Any, vocab_size: int) -
 
 
 def _one_token(text: str, tokenizer: Any) -> list[int]:
-    """The ids of a text: one where the vocabulary has it by name, or by what it decodes to."""
-    vocabulary = tokenizer.get_vocab()
-    if text in vocabulary:
-        return [vocabulary[text]]
+    """The ids of a text: one where it is one token, or where the vocabulary has it by name or by what it decodes to."""
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) == 1 and tokenizer.decode(ids) == text:
         return ids
+    vocabulary = tokenizer.get_vocab()
+    # A byte-level vocabulary calls bytes by the letters of Latin 1: those names are no texts.
+    if text in vocabulary and "\ufffd" not in tokenizer.decode([vocabulary[text]]):
+        return [vocabulary[text]]
     # A tokenizer may add a space before a text; the token itself then decodes to it.
     return next(([i] for i in sorted(vocabulary.values()) if tokenizer.decode([i]) == text), ids)
 

@@ -57,6 +57,7 @@ def test_other_columns_and_translation_dicts(tmp_path):
         ("p.jsonl", '["a", "b"]\n', "line 1: expected the columns"),
         ("p.jsonl", '{"source": "a", "target": "  "}\n', "line 1: source and target must both be text"),
         ("p.jsonl", '{"source": "a", "target": 3}\n', "line 1: source and target must both be text"),
+        ("p.jsonl", '{"source": "a", "target": "\\ud800"}\n', "line 1: half of a surrogate pair"),
         ("p.jsonl", "\n\n", "no sentence pairs"),
         ("p.tsv", "a\tb\nc\n", "line 2: expected source, tab, target; found 1 fields"),
         ("p.csv", "a,b\n", "must end in .jsonl or .tsv"),
@@ -149,3 +150,18 @@ def test_the_chat_template_brings_its_own_special_tokens(tokenizer):
     assert example.prompt[0] == 0
     assert example.prompt[-2:] == [1, 0]
     assert tokenizer.decode(example.answer[:-1]) == "El gato"
+
+
+def test_a_document_is_text_or_a_number_or_missing(tmp_path):
+    file = tmp_path / "p.jsonl"
+    values = ["a", 3, 3.0, None, " ", ""]
+    file.write_text(
+        "".join(json.dumps({"source": f"s{i}", "target": "t", "page": v}) + "\n" for i, v in enumerate(values))
+    )
+    assert [pair.group for pair in read_pairs(str(file), Columns(group="page"))] == ["a", "3", "3", "", "", ""]
+    file.write_text('{"source": "a", "target": "b", "page": true}\n')
+    with pytest.raises(DataError, match="must be text"):
+        read_pairs(str(file), Columns(group="page"))
+    file = tmp_path / "p.tsv"
+    file.write_text("\n\nsource\ttarget\na\tb\n")
+    assert read_pairs(str(file)) == [Pair("a", "b")]

@@ -1,7 +1,9 @@
 """A figure is what its label says: which base, which body, which pairs were read, by how many processes."""
 
 import dataclasses
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,16 +13,19 @@ import pytest
 import torch
 import transformers
 from conftest import PAIRS, run_cli, tiny_llama
+from rich.console import Console
 from test_build import FAST, Recorder, command, start
 
 from ksl_patch import Patch, attach
-from ksl_patch.base import body_digest, has_other_body, identify, model_digest
+from ksl_patch.base import body_digest, has_other_weights, identify, model_digest
+from ksl_patch.cli.build import named_rows
+from ksl_patch.cli.eval import table
 from ksl_patch.errors import DataError, KslPatchError, OtherBodyWarning, RunError, TicketError
-from ksl_patch.evidence import Evaluation, read
+from ksl_patch.evidence import Evaluation, against, from_base, of_seeds, read
 from ksl_patch.overlay import slot_rows
 from ksl_patch.store.card import make_card
 from ksl_patch.ticket import given_ticket
-from ksl_patch.train import build as build_module
+from ksl_patch.train import loaded as loaded_module
 from ksl_patch.train.build import Build, BuildConfig, reopen
 from ksl_patch.train.compare import encode_test, make_systems
 from ksl_patch.train.data import (
@@ -64,15 +69,71 @@ def finetuned(base_folder, target, change=0.05):
 def test_a_body_is_known_by_its_weights_whatever_the_dtype_they_are_loaded_in():
     model = tiny_llama(dtype=torch.bfloat16)
     identity = identify(model)
-    assert not has_other_body(identity, tiny_llama(dtype=torch.bfloat16).float())
+    assert not has_other_weights(identity, tiny_llama(dtype=torch.bfloat16).float())
     other = tiny_llama(dtype=torch.bfloat16)
     other.model.layers[1].mlp.down_proj.weight.data *= 1.05
-    assert has_other_body(identity, other)
-    assert has_other_body(identity, other.float())
+    assert has_other_weights(identity, other)
+    assert has_other_weights(identity, other.float())
     # A coarser dtype than the patch's base cannot tell, so nothing is said.
-    assert not has_other_body(identify(tiny_llama()), tiny_llama(dtype=torch.bfloat16))
-    assert not has_other_body(dataclasses.replace(identity, body=None), other)
-    assert body_digest(model.to("meta")) is None
+    assert not has_other_weights(identify(tiny_llama()), tiny_llama(dtype=torch.bfloat16))
+    assert not has_other_weights(dataclasses.replace(identity, body=None), other)
+    assert body_digest(model.to("meta"), torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("change", ["head", "order", "other rows", "buffer"])
+def test_other_weights_are_seen_wherever_they_are(change):
+    def made():
+        model = tiny_llama(tied=False)
+        model.model.register_buffer("bias", torch.ones(3))
+        return model
+
+    model = made()
+    identity = identify(made())
+    if change == "head":
+        model.lm_head.weight.data *= 2
+    elif change == "order":
+        layers = model.model.layers
+        layers[0], layers[1] = layers[1], layers[0]
+    elif change == "buffer":
+        model.model.bias += 1
+    else:
+        model.model.embed_tokens.weight.data[::2] += 1
+    assert has_other_weights(identity, model)
+    assert not has_other_weights(identity, made())
+
+
+def test_wrappers_and_copies_are_no_other_weights():
+    model = tiny_llama()
+    identity = identify(model)
+    assert not has_other_weights(identity, torch.compile(model))
+    assert not has_other_weights(identity, model.model)
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    assert not has_other_weights(identity, model)
+    untied = tiny_llama()
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    assert not has_other_weights(identity, untied)
+    assert not has_other_weights(identify(tiny_llama(tied=False)), tiny_llama(tied=False).model)
+
+
+def test_a_tokenizer_that_cuts_joins_or_ends_otherwise_names_another_model(tokenizer):
+    import copy
+
+    from tokenizers import decoders, normalizers
+
+    digest = model_digest(tiny_llama(), tokenizer)
+    tokenizer("a b", truncation=True, max_length=1)  # leaves its settings behind
+    assert model_digest(tiny_llama(), tokenizer) == digest
+    for change in (
+        lambda t: setattr(t, "eos_token", "<s>"),
+        lambda t: setattr(t.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+        lambda t: setattr(t.backend_tokenizer, "decoder", decoders.Fuse()),
+    ):
+        other = copy.deepcopy(tokenizer)
+        change(other)
+        assert model_digest(tiny_llama(), other) != digest
+    model = tiny_llama()
+    model.generation_config.suppress_tokens = [5]
+    assert model_digest(model, tokenizer) != digest
 
 
 def test_every_row_of_the_table_and_the_configuration_name_a_model(tokenizer):
@@ -118,7 +179,7 @@ def test_a_fine_tune_with_the_same_embedding_gets_its_own_training_and_outputs(c
         patch.check(model)
     with attach(model) as handle, pytest.warns(OtherBodyWarning):
         handle.load(patch, "es")
-    with pytest.raises(RunError, match=r"other weights behind it.*--alone"):
+    with pytest.raises(RunError, match=r"other weights beside them.*--alone"):
         reopen(patch, run, base=str(tuned))
     patch.save(path)
     code, _, err = run_cli("generate", "--base", tuned, "--patch", path, "--apply-template", "--prompt", "a")
@@ -237,12 +298,12 @@ def test_stages_of_another_kind_of_machine_are_found_by_a_build_that_is_opened_a
     shutil.copytree(base_folder, base)
     transformers.AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16).save_pretrained(base)
     config = dataclasses.replace(config, base=str(base))
-    monkeypatch.setattr(build_module, "_cpu_computes_bfloat16", lambda: True)
+    monkeypatch.setattr(loaded_module, "_cpu_computes_bfloat16", lambda: True)
     made = Build(config, tmp_path / "run", SilentReporter())
     assert made.model.dtype == torch.bfloat16
     patch = made.patch()
     tuned = made.embedding_patch()
-    monkeypatch.setattr(build_module, "_cpu_computes_bfloat16", lambda: False)
+    monkeypatch.setattr(loaded_module, "_cpu_computes_bfloat16", lambda: False)
     reporter = Recorder()
     again = reopen(patch, tmp_path / "run", reporter)
     assert again.model.dtype == torch.float32
@@ -307,6 +368,80 @@ def test_a_split_moves_no_more_than_the_pair_that_came():
     assert twice.duplicates == 2
 
 
+def test_a_patch_is_opened_again_with_the_stage_that_it_came_from(config, base_folder, tmp_path, monkeypatch):
+    """One run folder, the same build on two kinds of machine: each patch has its own tuned embedding."""
+    base = tmp_path / "half"
+    shutil.copytree(base_folder, base)
+    transformers.AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16).save_pretrained(base)
+    config = dataclasses.replace(config, base=str(base), mode="transfer")
+    made = {}
+    for fast in (True, False):
+        monkeypatch.setattr(loaded_module, "_cpu_computes_bfloat16", lambda fast=fast: fast)
+        build = Build(config, tmp_path / "run", SilentReporter())
+        made[fast] = build.patch(), build.embedding_patch()
+    assert not torch.equal(made[True][1].rows, made[False][1].rows)
+    for patch, tuned in made.values():
+        assert torch.equal(reopen(patch, tmp_path / "run").embedding_patch().rows, tuned.rows)
+
+
+def test_a_run_folder_keeps_one_split_for_a_patch_and_one_template_for_a_chat(config, base_folder, tmp_path, chatting):
+    run = tmp_path / "run"
+    patch = Build(config, run, SilentReporter()).patch()
+    with pytest.raises(RunError, match=r"this very patch with another dev \(16\)"):
+        Build(dataclasses.replace(config, dev=8, held_out=24), run, SilentReporter()).patch()
+    assert len(reopen(patch, run).held_out) == 16
+    # A chat template with the day's date in it.
+    base = tmp_path / "dated"
+    model = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+    model.resize_token_embeddings(401)
+    model.save_pretrained(base)
+    chatting.chat_template = "It is {{ strftime_now('%H:%M:%S.%f') }}. " + CHAT
+    chatting.save_pretrained(base)
+    dated = dataclasses.replace(config, base=str(base), template="chat", steps=2, embed_steps=2)
+    patch = Build(dated, run, SilentReporter()).patch()
+    reporter = Recorder()
+    assert Build(dated, run, reporter).patch().digest == patch.digest
+    assert reporter.begun == []
+    again = reopen(patch, run)
+    assert again.template == patch.meta.template
+    assert again.is_embedding_tuned
+    # Another tokenizer of the same vocabulary.
+    text = json.loads((base_folder / "tokenizer.json").read_text())
+    text["normalizer"] = {"type": "Lowercase"}
+    other = tmp_path / "lower"
+    shutil.copytree(base_folder, other)
+    (other / "tokenizer.json").write_text(json.dumps(text))
+    plain = Build(config, run, SilentReporter()).patch()
+    with pytest.raises(RunError, match="cuts the training pairs into other tokens"):
+        reopen(plain, run, base=str(other))
+
+
+def test_a_damaged_run_folder_is_said_in_a_sentence(config, tmp_path):
+    patch = Build(config, tmp_path, SilentReporter()).patch()
+    [record] = tmp_path.glob("patch-*.json")
+    good = json.loads(record.read_text())
+    for bad in (
+        "[]",
+        '{"config": []}',
+        json.dumps(good | {"machine": {"device": 1}}),
+        "{",
+        json.dumps(good | {"tests": "../x"}),
+    ):
+        record.write_text(bad)
+        with pytest.raises(RunError, match="cannot read the record"):
+            reopen(patch, tmp_path)
+    record.write_text(json.dumps({key: value for key, value in good.items() if key != "machine"}))
+    with pytest.raises(RunError, match="of an earlier ksl-patch"):
+        reopen(patch, tmp_path)
+    record.write_text(json.dumps(good))
+    foreign = tmp_path / "embed-000000000000"
+    foreign.mkdir()
+    (foreign / "rows.safetensors").write_bytes(b"")
+    for text in ("[]", "{", '"x"'):
+        (foreign / "settings.json").write_text(text)
+        assert reopen(patch, tmp_path).is_embedding_tuned
+
+
 def test_documents_are_held_out_whole(tmp_path):
     pairs = [Pair(s, t, f"page {i // 7}") for i, (s, t) in enumerate(PAIRS)]
     split = split_pairs(pairs, held_out=20, dev=10, seed=1)
@@ -315,7 +450,7 @@ def test_documents_are_held_out_whole(tmp_path):
     assert (len(split.held_out), len(split.dev)) == (20, 10)
     assert len(split.train) + 30 + split.unused == len(PAIRS)
     assert split.unused == 1 + 4  # of pages of 7
-    with pytest.raises(DataError, match="in whole documents"):
+    with pytest.raises(DataError, match="in 1 document, which stay whole"):
         split_pairs([Pair(s, t, "one") for s, t in PAIRS], held_out=20)
 
 
@@ -330,6 +465,9 @@ def test_intervals_are_over_documents_where_there_are_some():
     wide = Scorer(texts, groups=groups, resamples=500)
     by_page, by_sentence = (s.figures([gain], base)["loss"] for s in (wide, Scorer(texts, resamples=500)))
     assert wide.documents == 4
+    # One document is one example, and no interval.
+    one = Scorer(texts, groups=["book"] * 40).figures([gain], base, base)["loss"]
+    assert (one.value, one.difference, one.low, one.high, one.patch_minus) == (-0.5, -1.5, None, None, None)
     assert by_page.high - by_page.low > 2 * (by_sentence.high - by_sentence.low)
 
 
@@ -346,6 +484,12 @@ def test_sources_that_were_read_are_known_without_the_run_folder(config, tmp_pat
     for build in (None, made):
         with pytest.raises(DataError, match="1 of the 3 test pairs are in the patch's own training data"):
             encode_test(patch, made.model, made.tokenizer, [*new, known], build, reporter)
+    # With the run folder at hand every training pair is known, whatever the sketch holds.
+    sampled = patch.with_meta(training=dataclasses.replace(patch.meta.training, sources=sketch(new)))
+    with pytest.raises(DataError, match="1 of the 1 test pairs"):
+        encode_test(sampled, made.model, made.tokenizer, [known], made, reporter)
+    encode_test(patch, made.model, made.tokenizer, [*new, made.pairs.dev[0]], made, reporter)
+    assert "1 of the test pairs are dev pairs" in reporter.notes[-1][1]
     bare = patch.with_meta(training=dataclasses.replace(patch.meta.training, sources=None))
     encode_test(bare, made.model, made.tokenizer, [*new, known], None, reporter)
     assert "it may have seen the test pairs" in reporter.notes[-1][1]
@@ -406,7 +550,7 @@ def test_a_smaller_evaluation_does_not_replace_a_larger_one(config, tmp_path):
     assert run_cli("eval", path, *short, "--controls", "random", "--seeds", "2")[0] == 0
     before = path.read_bytes()
     for less, what in (
-        (("--limit", "2", "--controls", "random", "--seeds", "2"), "16 pairs"),
+        (("--limit", "2", "--controls", "random", "--seeds", "2"), "16 pairs where this one has 2"),
         (("--controls", "none", "--seeds", "2"), "random rows"),
         (("--controls", "random"), "2 training seeds"),
     ):
@@ -423,6 +567,58 @@ def test_a_smaller_evaluation_does_not_replace_a_larger_one(config, tmp_path):
     assert read(Evaluation, Patch.load(path).meta.evaluation).pairs == 2
     assert run_cli("certify", path, *short)[0] == 0
     assert run_cli("certify", path, *short, "--limit", "3")[0] == 2
+
+
+def test_the_patch_s_lead_is_read_from_a_file_as_it_was_printed(config, tmp_path):
+    path = tmp_path / "es.safetensors"
+    Build(config, tmp_path / "es.safetensors.run", SilentReporter()).patch().save(path)
+    code, out, err = run_cli("eval", path, "--controls", "random", "--max-new-tokens", "4", "--json")
+    assert code == 0, err
+    [random] = [system for system in json.loads(out)["systems"] if system["name"] == "random"]
+    lead = random["figures"]["loss"]["patch_minus"]
+    assert lead["low"] < lead["value"] < lead["high"] < 0
+    shown = f"{lead['value']:+.3f} ({lead['low']:+.3f} to {lead['high']:+.3f})"
+    patch = Patch.load(path)
+    assert shown in make_card(patch, "me/it", "es", None, base_model="a/b")
+    page = tmp_path / "page.html"
+    assert run_cli("report", path, "-o", page)[0] == 0
+    assert shown in page.read_text()
+    assert "on 16 held-out pairs" in make_card(patch, "me/it", "es", None, base_model="a/b").replace("On 16", "on 16")
+
+
+def test_a_build_s_loss_is_of_dev_pairs_wherever_it_is_shown(config, tmp_path):
+    from ksl_patch.report.page import make_report
+
+    patch = Build(config, tmp_path / "run", SilentReporter()).patch()
+    path = tmp_path / "es.safetensors"
+    patch.save(path)
+    assert "| on 16 dev pairs |" in make_card(patch, "me/it", "es", None, base_model="a/b")
+    page = make_report([patch], [None])
+    assert "on 16 dev pairs" in page
+    assert f"<dt>16 dev pairs</dt><dd>{patch.meta.evaluation['data_digest']}" in page
+    assert "on 16 dev pairs" in run_cli("inspect", path)[1]
+    # Rivals that were measured on other pairs, or under another prompt, are not compared in silence.
+    other = Build(dataclasses.replace(config, template="{source} =>"), tmp_path / "run", SilentReporter()).patch()
+    assert "under different prompts" in make_report([patch, other], [None, None])
+    assert "under different prompts" not in make_report([patch, patch], [None, None])
+
+
+def test_figures_fit_into_80_columns_and_lose_no_digit(config, tmp_path):
+    path = tmp_path / "es.safetensors"
+    Build(config, tmp_path / "es.safetensors.run", SilentReporter()).patch().save(path)
+    code, _, err = run_cli("eval", path, "--controls", "random,noise", "--max-new-tokens", "4", "--seeds", "2")
+    assert code == 0, err
+    evaluation = read(Evaluation, Patch.load(path).meta.evaluation)
+    [random] = [system for system in evaluation.systems if system.name == "random"]
+    numbers = re.findall(r"[\d.]+", from_base("loss", random.figures["loss"]) + against("loss", random.figures["loss"]))
+    for width in (80, 140):
+        console = Console(width=width, file=io.StringIO())
+        console.print(table(evaluation, width))
+        shown = console.file.getvalue()
+        assert max(map(len, shown.splitlines())) <= width
+        assert "…" not in shown
+        assert all(number in shown for number in numbers)
+        assert of_seeds("loss", random.figures["loss"]) in shown
 
 
 # Which text
@@ -530,6 +726,59 @@ def test_an_answer_in_a_chat_ends_as_the_chat_template_ends_a_turn(chatting, tmp
     assert (second.token_ids, second.stopped) == ((end,) * 5, False)
 
 
+@pytest.mark.parametrize(
+    ("template", "before", "end"),
+    [
+        ("{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
+         "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}", " ", None),  # the tokenizer's own end
+        ("{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<turn>\n{% endfor %}"
+         "{% if add_generation_prompt %}assistant\n{% endif %}", None, "<turn>"),
+        ("{% for m in messages %}<s>{{ m.role }}\n{% if m.role == 'assistant' %}<t>\n\n</t>\n\n{% endif %}"
+         "{{ m.content }}<turn>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}", None, "<turn>"),
+        ("<s>### Instruction: {{ messages[0].content }}\n### Response:\n", None, None),  # says nothing of an answer
+    ],
+    ids=["llama 2", "turns", "thoughts", "single turn"],
+)  # fmt: skip
+def test_what_stands_around_an_answer_comes_from_the_chat_template(chatting, template, before, end):
+    chatting.chat_template = template
+    made = make_template("chat", source_language="en", language="es", tokenizer=chatting)
+    assert made.before_answer == before
+    assert made.end_token_id == (None if end is None else chatting.convert_tokens_to_ids(end))
+    [example] = encode(made, [Pair("The cat", "El gato")], chatting, 1, 256).examples
+    assert chatting.decode(example.answer[:-1]) == (before or "") + "El gato"
+    assert example.answer[-1] == (1 if end is None else made.end_token_id)
+    assert made.text.endswith("</t>\n\n") == ("<t>" in template)
+
+
+def test_an_escaping_chat_template_is_refused(chatting):
+    chatting.chat_template = CHAT.replace("{{ m['content'] }}", "{{ m['content'] | e }}")
+    with pytest.raises(RunError, match="does not keep the messages as they are"):
+        make_template("chat", source_language="en", language="es", tokenizer=chatting)
+
+
+def test_a_template_never_holds_the_answer(config, tmp_path):
+    for changes in ({"template": "{source} = {target} ="}, {"template": "{source} {t}", "columns": ("s", "t")}):
+        with pytest.raises(KslPatchError, match=r"the answer"):
+            Build(dataclasses.replace(config, **changes), tmp_path, SilentReporter())
+    many = " ".join(f"{{f{i}}}" for i in range(17))
+    for template, message in ((many, "at most 16 fields"), ("{" + "a" * 65 + "}", "up to 64 letters")):
+        with pytest.raises(KslPatchError, match=message):
+            Build(dataclasses.replace(config, template="{source} " + template), tmp_path, SilentReporter())
+
+
+def test_one_source_in_two_contexts_is_two_pairs_on_one_side():
+    pairs = [Pair(s, t, "", (("title", side),)) for s, t in PAIRS[:60] for side in ("File", "State")]
+    split = split_pairs(pairs, held_out=11, dev=7)
+    assert split.duplicates == 0
+    sides = [{pair.key for pair in part} for part in (split.train, split.dev, split.held_out)]
+    assert len(set().union(*sides)) == sum(map(len, sides))
+    # A document that is named as a sentence is another thing.
+    mixed = [Pair("x", "y"), *(Pair(s, t, "x") for s, t in PAIRS[:20]), *(Pair(s, t) for s, t in PAIRS[20:60])]
+    for seed in range(40):
+        split = split_pairs(mixed, held_out=5, dev=5, seed=seed)
+        assert sum(any(pair.group == "x" for pair in part) for part in (split.train, split.dev, split.held_out)) <= 1
+
+
 def test_a_system_prompt_and_other_columns_reach_the_prompt(chatting, tokenizer, config, tmp_path):
     template = make_template(
         "chat", source_language="en", language="es", tokenizer=chatting, system="You know about {topic}."
@@ -616,8 +865,11 @@ def test_rows_are_named_by_hand(base_folder, pairs_file, tokenizer, tmp_path):
     assert given_ticket(["<s>", "\n", 42], tokenizer, 400).token_ids.tolist() == sorted(
         [0, tokenizer("\n").input_ids[0], 42]
     )
+    # A byte-level vocabulary calls a byte "é"; the text is what is meant.
+    assert tokenizer.get_vocab()["é"] != tokenizer("é", add_special_tokens=False).input_ids
     for wrong, message in [
         (["The cat sees the dog"], "tokens of this base"),
+        (["é"], "2 tokens of this base"),
         ([400], "has no row"),
         (["\u4e2d"], "3 tokens of this base"),
     ]:
@@ -650,6 +902,9 @@ def test_rows_are_named_by_hand(base_folder, pairs_file, tokenizer, tmp_path):
     }
     code, _, err = run_cli(*arguments, "--rows", "3")
     assert (code, "nothing to train" in err) == (1, True)
+    for empty in ("", "[]", '""'):
+        assert run_cli(*arguments, "--rows", empty)[0] == (2 if empty != "[]" else 1)
+    assert named_rows(None, None, ("٣", "7", '"7"', r"\t", '["a", 5]')) == ("٣", 7, "7", "\t", "a", 5)
     code, _, err = run_cli(*arguments, "--rows", "3", "--top-k", "4")
     assert (code, "give one of the two" in err) == (2, True)
 

@@ -66,7 +66,7 @@ def main(folder: Path) -> None:
         tests.append(AllRows.of(patch, folder / "run"))
         console.print(f"{path}: {len(patch.token_ids)} rows, {path.stat().st_size:,} bytes, {patch.digest[:12]}")
         show_samples(evaluation.samples)
-        console.print(table(evaluation))
+        console.print(table(evaluation, console.width))
         patches[language], builds[language] = patch, build
 
     console.rule("One batch, three choices")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="Training seeds: the patch's own, and those after it.",
 )
+@click.option("--alone", is_flag=True, help="Without the run folder: the patch on --base and --test alone.")
 @evidence_options
 def eval(
     reference: str, controls: str, seeds: int, max_new_tokens: int | None, output: Path | None, as_json: bool,
@@ -58,14 +59,16 @@ def eval(
         from ksl_patch.train.compare import evaluate, make_systems
 
         old = it.replaced(Evaluation)
-        if old is not None and not old.systems:
-            old = None  # a build's loss
+        loss = "" if old is None or old.systems else f"It replaces the build's loss on {old.what}."
+        old = None if loss else old
         before = {system.name: len(system.seeds) for system in old.systems} if old else {}
-        less = [f"{before['patch']} training seeds"] if before.get("patch", 0) > seeds else []
+        less = (
+            [f"{before['patch']} training seeds where this one has {seeds}"] if before.get("patch", 0) > seeds else []
+        )
         it.check_replaces(old, less)
         systems = make_systems(it.patch, it.build, chosen, seeds)
         gone = [SYSTEMS.get(name, name) for name in before if name not in systems and name != "base"]
-        replaced = it.check_replaces(old, [*less, *gone])
+        replaced = it.check_replaces(old, [*less, *(f"the system {name!r}" for name in gone)])
         result = evaluate(
             it.model, it.tokenizer, it.held_out, systems, it.reporter, max_new_tokens=max_new_tokens,
             cache=it.build.outputs if it.build else None, part=it.part, uses=it.count_use(),
@@ -77,38 +80,38 @@ def eval(
     from rich.console import Console
 
     console = Console(width=None if Console().is_terminal else 140)
-    console.print(table(result))
+    console.print(table(result, console.width))
     for note in result.notes:
         console.print(f"Note: {note}", markup=False, highlight=False)
     if it.target is not None:
-        click.echo(f"Wrote the figures into {it.target}. {replaced}".rstrip())
+        click.echo(f"Wrote the figures into {it.target}. {replaced or loss}".rstrip())
 
 
-def table(evaluation: Evaluation) -> Table:
-    """The figures of every system; under each the interval of its difference from the base, the range over training
-    seeds, and the patch's lead over it.
+def table(evaluation: Evaluation, width: int) -> Table:
+    """For every system its figures: value, difference from the base, and the patch minus it, each with its interval.
+
+    width: columns of the terminal; in 80 of them an interval is below its value.
     """
+    from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    from ksl_patch.evidence import METRICS, against, interval, of_seeds, show
+    from ksl_patch.evidence import METRICS, against, from_base, of_seeds, show
 
+    level = f"{evaluation.confidence or 0:.0%} interval"
     seeds = max((len(system.seeds) for system in evaluation.systems), default=1)
-    several = f", and the range of {seeds} training seeds" if seeds > 1 else ""
-    result = Table(
-        title=f"{evaluation.what}; in brackets the {evaluation.confidence or 0:.0%} interval of the difference from "
-        f"the base{several}; below, the patch minus the system (of the loss, less is better)",
-        title_justify="left",
-    )
-    result.add_column("")
-    result.add_column("rows", justify="right")
-    for label, _, _ in METRICS.values():
-        result.add_column(label, justify="right")
+    several = f" and, below the value, the range of {seeds} training seeds" if seeds > 1 else ""
+    title = f"{evaluation.what}; in brackets the {level}{several}"
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    result.add_column("", overflow="fold")
+    for name in ("value", "minus the base", "patch minus it"):
+        result.add_column(name, justify="right", overflow="fold")
     for system in evaluation.ordered:
-        cells = []
-        for metric in METRICS:
+        rows = f", {system.size} rows" if system.size else ""
+        result.add_row(Text(f"{system.label}{rows}", style="bold"))
+        for metric, (label, _, _) in METRICS.items():
             figure = system.figures[metric]
-            between, over, lead = interval(metric, figure), of_seeds(metric, figure), against(metric, figure)
-            lines = [show(metric, figure.value), between and f"({between})", over and f"seeds {over}", lead]
-            cells.append("\n".join(line for line in lines if line))
-        result.add_row(system.label, system.size, *cells)
+            value = "\n".join(filter(None, (show(metric, figure.value), of_seeds(metric, figure))))
+            both = from_base(metric, figure), against(metric, figure)
+            result.add_row(f" {label}", value, *(text if width >= 100 else text.replace(" (", "\n(") for text in both))
     return result

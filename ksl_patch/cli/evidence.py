@@ -51,7 +51,6 @@ _OPTIONS = (
         metavar="N",
         help="Cut greedy outputs after this many.  [default: half as many again as the longest reference has]",
     ),
-    click.option("--alone", is_flag=True, help="Without the run folder: the patch on --base and --test alone."),
     click.option(
         "-o",
         "--output",
@@ -126,14 +125,13 @@ class Subject:
             return ""
         less = list(less)
         if old.pairs > len(self.held_out):
-            less.append(f"{old.pairs} pairs")
+            less.append(f"{old.pairs} pairs where this one has {len(self.held_out)}")
         if self.part == "dev" and old.part != "dev":
-            less.append("pairs that no choice was made on")
+            less.append("pairs that no choice was made on where this one has dev pairs")
         kind = type(old).__name__.lower()
         if less and not self.force:
             raise click.UsageError(
-                f"the patch's {kind} has {', '.join(less)}, which this one would not: add --force to replace it, give "
-                "-o FILE, or --no-save."
+                f"the patch's {kind} has {', '.join(less)}: add --force to replace it, give -o FILE, or --no-save."
             )
         return f"It replaces the {kind} on {old.what}."
 
@@ -153,8 +151,9 @@ class Subject:
 @contextmanager
 def subject(
     reference: str, *, run: Path | None, base: str | None, pairs: str | None, test: str | None,
-    columns: tuple[str, str], group: str | None, part: str | None, limit: int | None, alone: bool,
+    columns: tuple[str, str], group: str | None, part: str | None, limit: int | None,
     output: Path | None, no_save: bool, force: bool, device: str | None, needs_build: bool,
+    alone: bool = False,
 ) -> Iterator[Subject]:  # fmt: skip
     """What the options name. Everything that can be wrong is said before the first computation."""
     from ksl_patch.store.local import find
@@ -175,11 +174,8 @@ def subject(
         raise click.UsageError("--group is a column of --test; the build knows its own.")
     if output is not None and output.exists() and not no_save and not force:
         raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name.")
-    if alone and (needs_build or not (base and test) or run):
-        raise click.UsageError(
-            "a certificate needs the run folder, so there is none with --alone." if needs_build
-            else "--alone measures the patch with --base M and --test G, and takes no --run."
-        )  # fmt: skip
+    if alone and (not (base and test) or run):
+        raise click.UsageError("--alone measures the patch with --base M and --test G, and takes no --run.")
     run = run or path.with_name(path.name + ".run")
     built = run.is_dir() and not alone
     if not built and (needs_build or not (base and test)):

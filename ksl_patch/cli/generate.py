@@ -59,9 +59,10 @@ def generate(
         elif template is not None and template.matches(prompt):
             chat, end = template.chat, template.end_token_id
         elif template is not None:
+            how = "--apply-template puts it there" if not template.fields else "give the whole prompt in it"
             click.echo(
                 f"Warning: prompt {number} is not in the template that {choice} was trained with, which its effect may "
-                "depend on; --apply-template puts it there.",
+                f"depend on; {how}.",
                 err=True,
             )
         ids += prompt_ids(tokenizer, [text], chat=chat)

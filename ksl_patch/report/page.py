@@ -218,9 +218,12 @@ def _comparison(patches: Sequence[Patch]) -> dict[str, Any]:
             ("language", [patch.meta.language or "" for patch in patches]),
             ("base", [f"{patch.meta.base.model_id or ''} {patch.meta.base.fingerprint[:12]}" for patch in patches]),
             ("rows", [str(len(patch.token_ids)) for patch in patches]),
-            ("rows chosen by", [patch.meta.ticket.selection if patch.meta.ticket else "" for patch in patches]),
+            ("digest", [patch.digest[:12] for patch in patches]),
+            ("rows chosen by", [patch.meta.ticket.rule if patch.meta.ticket else "" for patch in patches]),
+            ("training", [_training(patch) for patch in patches]),
+            ("prompt", [patch.meta.template.text if patch.meta.template else "" for patch in patches]),
             ("measured on", [evaluation.what if evaluation else "" for evaluation in evaluations]),
-            ("new tokens, at most", [str(e.max_new_tokens or "") if e else "" for e in evaluations]),
+            ("new tokens, at most", [str((e and e.max_new_tokens) or "not generated") for e in evaluations]),
             (
                 "loss, base → patch",
                 [f"{e.loss_base:.3f} → {e.loss_patch:.3f}" if e else "" for e in evaluations],
@@ -228,8 +231,27 @@ def _comparison(patches: Sequence[Patch]) -> dict[str, Any]:
         ],
         "dots": _dots("all", [(name, found, "patch") for name, found in zip(names, scores, strict=True)]),
         "shared": [[str(len(a & b)) for b in ids] for a in ids],
-        "same_data": len({(e.data_digest, e.max_new_tokens) for e in evaluations if e}) <= 1,
+        "same_data": len(
+            {
+                (e.data_digest, e.max_new_tokens, str(patch.meta.template))
+                for e, patch in zip(evaluations, patches, strict=True)
+                if e
+            }
+        )
+        <= 1,
     }
+
+
+def _training(patch: Patch) -> str:
+    """What of a patch's training may be other than in another's."""
+    t = patch.meta.training
+    if t is None:
+        return ""
+    damped = "" if not t.hyperparameters else f", rare rows damped: {t.hyperparameters.get('damp_rare', 'not tuned')}"
+    return (
+        f"{t.mode}, scope {patch.meta.scope}, {t.embed_steps} + {t.steps} steps x {t.batch_size} at {t.embed_lr:.3g} "
+        f"and {t.lr:.3g}, seed {t.seed}{damped}"
+    )
 
 
 def _provenance(patch: Patch, evaluation: Evaluation | None) -> list[tuple[str, str]]:

@@ -37,7 +37,7 @@ def certify(
     if not build.is_embedding_tuned:
         raise RunError(
             f"{build.run} has no tuned embedding to compare the patch with, of this seed, base, pairs and template: "
-            "`ksl-patch build --selection ks` with the same settings and this folder makes it."
+            "`ksl-patch build` with the same settings and folder, with --selection ks and without --rows, makes it."
         )
     max_new_tokens = max_new_tokens or token_limit(held_out)
     tuned = build.embedding_patch()

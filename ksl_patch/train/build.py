@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ksl_patch.base import dtype_name, find_embedding, has_other_body
+from ksl_patch.base import dtype_name, find_embedding, has_other_weights
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.evidence import Evaluation, write
 from ksl_patch.hf import attach, end_token_id, load_base
@@ -66,8 +66,8 @@ from ksl_patch.train.data import (
 from ksl_patch.train.evaluate import Cache, token_loss
 from ksl_patch.train.loaded import Loaded, launched
 from ksl_patch.train.progress import Reporter, SilentReporter
-from ksl_patch.train.record import Record, keep, note_use, read_record, read_tests, write_record
-from ksl_patch.train.tune import TuneSettings, optimiser, tune_rows
+from ksl_patch.train.record import Machine, Record, keep, note_use, read_record, read_tests, write_record
+from ksl_patch.train.tune import TuneSettings, autocasts, optimiser, tune_rows
 
 Mode = Literal["partial", "transfer"]
 
@@ -130,7 +130,8 @@ class Build:
     """A build whose stages are computed once, on demand, and kept in the run folder.
 
     pairs, model, tokenizer, template, train, dev, held_out: what it works on, ready after construction.
-    loaded: the base, where it is at hand. reopened: stages that another kind of machine has finished may be used.
+    loaded: the base, where it is at hand. reopened: where its patch was trained; stages that were finished there, or on
+    another kind of machine, are used then. template: where it is known; a chat template may render otherwise today.
     """
 
     def __init__(
@@ -140,7 +141,8 @@ class Build:
         reporter: Reporter,
         loaded: Loaded | None = None,
         *,
-        reopened: bool = False,
+        reopened: Machine | None = None,
+        template: TemplateMeta | None = None,
     ) -> None:
         check_name(config.name)
         check_language(config.language)
@@ -178,23 +180,25 @@ class Build:
         )
         if config.side == "input+output" and not find_embedding(self.model).tied:
             raise RunError("side 'input+output' is for bases whose head is tied to the embedding; use 'input' here.")
-        self.template: TemplateMeta = make_template(
-            config.template,
-            source_language=config.source_language,
-            language=config.language,
-            tokenizer=self.tokenizer,
-            system=config.system,
-        )
+        self.template = template or self._template()
         self.train = self.encode(self.pairs.train, "training")
         self.dev = self.encode(self.pairs.dev, "dev") if self.pairs.dev else Encoded([], [])
         self.held_out = self.encode(self.pairs.held_out, "held-out") if self.pairs.held_out else Encoded([], [])
         self.created = self._once("created.json", {"created": timestamp()})["created"]
-        self._report_learning_rates()
+        if reopened is None:
+            self._report_learning_rates()
 
     @property
     def outputs(self) -> Cache:
         """Where what systems did on pairs is kept."""
         return Cache(self.run / "outputs", self.loaded.digest)
+
+    @property
+    def machine(self) -> Machine:
+        """What its stages are computed with."""
+        config, device = self.config, self.model.device.type
+        batch = config.batch_size, config.accumulate, self.processes
+        return Machine(device, dtype_name(self.model.dtype), autocasts(device), batch)
 
     @property
     def batch(self) -> int:
@@ -233,13 +237,13 @@ class Build:
                 config[name] = str(Path(config[name]).resolve())
         tested = (self._embedding_folder / "ks.npz").is_file()
         tests = self._embedding_folder.name if tested else None
-        write_record(self.run, patch.digest, Record(config, tests, self.processes))
+        write_record(self.run, patch.digest, Record(config, tests, self._examples_digest, self.machine))
         return patch
 
     def seeded(self, seed: int) -> Build:
         """The same build of the same pairs and held-out pairs, trained with another seed."""
-        config = replace(self.config, seed=seed)
-        return Build(config, self.run, self.reporter, self.loaded, reopened=self._reopened)
+        config, template = replace(self.config, seed=seed), self.template
+        return Build(config, self.run, self.reporter, self.loaded, reopened=self._reopened, template=template)
 
     def patch_of(self, ticket: Ticket) -> Patch:
         """The patch of a ticket, trained (or transferred) as configured."""
@@ -405,8 +409,9 @@ class Build:
             found |= {"damp_rare": config.damp_rare, "embed_adam_epsilon": embed["adam_epsilon"]}
         return found | {
             "gradient_accumulation_steps": config.accumulate,
-            "dtype": dtype_name(self.model.dtype),
-            "device": self.model.device.type,
+            "dtype": self.machine.dtype,
+            "bf16": self.machine.autocast,
+            "device": self.machine.device,
         }
 
     def losses(self, patch: Patch) -> dict[str, Any] | None:
@@ -489,11 +494,7 @@ class Build:
             "damp_rare": ticket is None and config.damp_rare,
             "batch": self.batch,
             "seed": config.seed,
-            "machine": {
-                "device": self.model.device.type,
-                "dtype": dtype_name(self.model.dtype),
-                "batch": [config.batch_size, config.accumulate, self.processes],
-            },
+            "machine": asdict(self.machine),
             "token_ids": None if ticket is None else hashlib.sha256(ticket.token_ids.tobytes()).hexdigest(),
         }
 
@@ -504,16 +505,41 @@ class Build:
     def _folder(self, kind: str, key: dict[str, Any]) -> Path:
         """The stage's folder in the run folder; `settings.json` in it says what its name was made from.
 
-        A build that was opened again takes a stage that was finished on another kind of machine, where it has no other.
+        A build that was opened again takes a stage that was finished where its patch was trained, then one of this
+        kind of machine, then of any other.
         """
-        folder = self.run / f"{kind}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
-        if self._reopened and not (folder / "rows.safetensors").is_file():
-            for settings in sorted(self.run.glob(f"{kind}-*/settings.json")):
-                if (settings.parent / "rows.safetensors").is_file():
-                    with suppress(OSError, ValueError, TypeError):  # not a stage of ours
-                        if {**json.loads(settings.read_bytes()), "machine": None} == {**key, "machine": None}:
-                            return settings.parent
-        return folder
+        own = self._named(kind, key)
+        if self._reopened is None:
+            return own
+        there = self._named(kind, key | {"machine": asdict(self._reopened)})
+        others = []
+        for settings in sorted(self.run.glob(f"{kind}-*/settings.json")):
+            with suppress(OSError, ValueError, TypeError):  # not a stage of ours
+                if {**json.loads(settings.read_bytes()), "machine": None} == {**key, "machine": None}:
+                    others.append(settings.parent)
+        return next((each for each in (there, own, *others) if (each / "rows.safetensors").is_file()), own)
+
+    def _named(self, kind: str, key: dict[str, Any]) -> Path:
+        return self.run / f"{kind}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
+
+    def _template(self) -> TemplateMeta:
+        """The prompt template, as this run folder had it first: a chat template may hold the day's date."""
+        config = self.config
+        made = make_template(
+            config.template,
+            source_language=config.source_language,
+            language=config.language,
+            tokenizer=self.tokenizer,
+            system=config.system,
+        )
+        if not made.chat:
+            return made
+        key = [config.system, config.source_language, config.language, self.tokenizer.chat_template]
+        name = f"template-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
+        try:
+            return TemplateMeta(**self._once(name, asdict(made)))
+        except TypeError as error:
+            raise RunError(f"cannot read {self.run / name} ({error}): delete it, and it is made again.") from error
 
     def _once(self, name: str, value: dict[str, Any]) -> dict[str, Any]:
         """A value that a continued run takes from its beginning."""
@@ -582,25 +608,33 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
         config = BuildConfig(**record.config | changes)
     except TypeError as error:
         raise RunError(f"the record of the build in {run} is of another version of ksl-patch ({error}).") from error
-    if "dev" not in record.config:
+    if record.machine is None:
         raise RunError(
             f"the patch is of an earlier ksl-patch, whose split of the pairs was another: build it again in {run}."
         )
     # As many pairs in a step as all processes had together.
-    accumulate, rest = divmod(config.accumulate * record.processes, launched(config.device).num_processes)
+    processes = record.machine.batch[2]
+    accumulate, rest = divmod(config.accumulate * processes, launched(config.device).num_processes)
     if rest:
-        raise RunError(f"the patch was trained by {record.processes} processes: run this with one process, or so many.")
-    build = Build(replace(config, accumulate=accumulate), run, reporter or SilentReporter(), reopened=True)
+        raise RunError(f"the patch was trained by {processes} processes: run this with one process, or so many.")
+    config = replace(config, accumulate=accumulate)
+    reporter, template = reporter or SilentReporter(), patch.meta.template
+    build = Build(config, run, reporter, reopened=record.machine, template=template)
     training = patch.meta.training
     if training is None or training.data_digest != data_digest(build.pairs.train):
         raise DataError(
             f"the pairs in {config.pairs} do not give the training data of this patch; "
             "name the file that it was built from with --pairs."
         )
-    if has_other_body(patch.meta.base, build.model):
+    if has_other_weights(patch.meta.base, build.model):
         raise RunError(
-            f"{config.base} has the embedding of the base that this patch was trained on, and other weights behind it: "
+            f"{config.base} has the rows of the base that this patch was trained on, and other weights beside them: "
             "give --base the one it was trained on, or measure the patch on this one with --alone."
         )
     patch.check(build.model, build.tokenizer)
+    if build._examples_digest != record.examples:
+        raise RunError(
+            f"the tokenizer or the template of {config.base} cuts the training pairs into other tokens than when this "
+            "patch was trained: give --base the one it was trained on."
+        )
     return build

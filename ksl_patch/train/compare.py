@@ -57,8 +57,8 @@ def make_systems(
             f"the tuned embedding is left out, and so is the control l2, which is chosen from it: {build.run} has none "
             f"for the seed {', '.join(map(str, without))}. "
             + (
-                f"The selection {selection!r} needs none; `ksl-patch build --selection ks` with the same settings "
-                "there makes it."
+                f"The selection {selection!r} needs none; `ksl-patch build` with the same settings there, with "
+                "--selection ks and without --rows, makes it."
                 if selection not in ("ks", "l2") and build.config.mode != "transfer"
                 else "It was deleted, or the base, the pairs or the template are other ones than it was tuned with."
             ),
@@ -168,26 +168,26 @@ def _notes(scores: Sequence[SystemScores], scorer: Scorer, seeds: int, part: str
         )
     else:
         notes.append("One training seed: how far another one's patch would be from this was not measured (--seeds).")
-    if scorer.documents == 1:
+    n = scorer.documents
+    if n == 1:
         notes.append("All pairs are of one document, so there are no intervals: they are no independent examples.")
-    elif scorer.documents is not None:
-        few = ", too few to trust them," if scorer.documents < 20 else ""
-        notes.append(
-            f"Intervals resample {scorer.documents} documents{few} and not sentences, which are not independent."
-        )
+    elif n is not None:
+        few = ", too few to trust them," if n < 20 else ""
+        notes.append(f"Intervals resample {n} documents{few} and not sentences, which are not independent.")
     figures = [figure for system in scores for figure in system.figures.values()]
     intervals = sum((figure.low is not None) + (figure.patch_minus is not None) for figure in figures)
     if intervals:
+        missing = intervals * (1 - scorer.confidence)
         notes.append(
-            f"These are {intervals} intervals of {level}, each by itself: about "
-            f"{intervals * (1 - scorer.confidence):.1f} of them would miss by chance alone. Say beforehand which counts."
+            f"These are {intervals} intervals of {level}, each by itself: about {missing:.1f} of them would miss by "
+            "chance alone. Say beforehand which one counts."
         )
     if part == "dev":
         notes.append("These are the dev pairs, which choices are made on: figures to publish come from others.")
     elif uses is not None and uses > 1:
         notes.append(
-            f"{uses} patches of this run folder were measured on these pairs, or some of them. If one of them was chosen "
-            "by that, its figures here are too good: choose on the dev pairs (--part dev)."
+            f"{uses} patches of this run folder were measured on these pairs, or some of them. If one of them was "
+            "chosen by that, its figures here are too good: choose on the dev pairs (--part dev)."
         )
     elif uses == 1:
         notes.append("No other patch of this run folder was measured on any of these pairs.")

@@ -144,10 +144,10 @@ def read_pairs(where: str, columns: Columns = Columns()) -> list[Pair]:  # noqa:
 
 
 def distinct(pairs: Iterable[Pair]) -> list[Pair]:
-    """The first pair of each source; see `Pair.key`."""
-    first: dict[str, Pair] = {}
+    """The first pair of each source, by `Pair.key`, with the same fields."""
+    first: dict[tuple[Any, ...], Pair] = {}
     for pair in pairs:
-        first.setdefault(pair.key, pair)
+        first.setdefault((pair.key, pair.fields), pair)
     return list(first.values())
 
 
@@ -162,7 +162,7 @@ def split_pairs(
     kept = distinct(pairs)
 
     def place(pair: Pair) -> tuple[bytes, bytes]:
-        document = pair.group or pair.key
+        document = f"document {pair.group}" if pair.group else f"sentence {pair.key}"
         first, then = (hashlib.sha256(f"{seed}\n{text}".encode()).digest() for text in (document, pair.key))
         return first, then
 
@@ -171,15 +171,16 @@ def split_pairs(
     begin = 0
     for wanted in (held_out, dev):
         end = begin + wanted
-        while wanted and 0 < end < len(kept) and kept[end].group and kept[end].group == kept[end - 1].group:
-            end += 1  # to the end of the document
+        while wanted and 0 < end < len(kept) and place(kept[end])[0] == place(kept[end - 1])[0]:
+            end += 1  # to the end of the document, or of what has this source
         parts.append(kept[begin:end])
         begin = end
     if begin >= len(kept):
-        documents = " in whole documents" if any(pair.group for pair in kept) else ""
+        n = len({pair.group for pair in kept})
+        documents = f" in {n} document{'s' if n > 1 else ''}, which stay whole" if any(p.group for p in kept) else ""
         raise DataError(
-            f"{held_out} pairs are to be held out and {dev} kept for choices{documents}, but there are only "
-            f"{len(kept)} with different sources; give more pairs or hold out fewer (--held-out, --dev)."
+            f"{held_out} pairs are to be held out and {dev} kept for choices, but there are only {len(kept)} with "
+            f"different sources{documents}; give more pairs or hold out fewer (--held-out, --dev)."
         )
     test, choice = parts[0][:held_out], parts[1][:dev]
     return Pairs(
@@ -271,20 +272,31 @@ def make_template(
     messages.append({"role": "user", "content": f"Translate this sentence from {source} to {target}.\n{{source}}"})
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        end = turn_end(tokenizer)
+        before, end = turn_around(tokenizer, messages, text)
+        probe = tokenizer.apply_chat_template([{"role": "user", "content": _PROBE}], tokenize=False)
     except Exception as error:  # the template's own words, in an exception of jinja's or of another kind
         raise RunError(f"this base's chat template refuses the messages ({error}).") from error
-    if any(message["content"].strip() not in text for message in messages) or text.count("{source}") != 1:
+    kept = all(message["content"].strip() in text for message in messages) and _PROBE in probe
+    if not kept or text.count("{source}") != 1:
         raise RunError(
             "this base's chat template does not keep the messages as they are (it may know no system prompt); "
             "use a text of your own."
         )
-    end = None if end == tokenizer.eos_token_id else end
-    return TemplateMeta(text=text, chat=True, fields=_fields(system or "") or None, end_token_id=end)
+    if before.strip():  # an empty block of thoughts, say, which the answer comes after
+        text, before = text + before, ""
+    return TemplateMeta(
+        text=text,
+        chat=True,
+        fields=_fields(system or "") or None,
+        end_token_id=None if end == tokenizer.eos_token_id else end,
+        before_answer=before or None,
+    )
 
 
 def template_fields(kind: str, system: str | None) -> list[str]:
     """The columns beside the source that a template of this kind names. Raises PatchError for what cannot be one."""
+    if system is not None and kind != "chat":
+        raise RunError("a system prompt is for the chat template: add --template chat, or put it into the template.")
     fields = _fields(system or "") if kind in ("plain", "chat") else _fields(kind)
     check_fields(fields)
     return fields
@@ -294,14 +306,27 @@ def _fields(text: str) -> list[str]:
     return [name for name in dict.fromkeys(re.findall(r"\{([A-Za-z_][A-Za-z0-9_]*)\}", text)) if name != "source"]
 
 
-def turn_end(tokenizer: Any) -> int | None:
-    """The token that the chat template puts after an assistant's turn; None where it is no special token."""
-    answer = "ksl-patch"
-    messages = [{"role": "user", "content": "text"}, {"role": "assistant", "content": answer}]
-    after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)[2]
-    special = set(tokenizer.all_special_ids)
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return next((i for i in tokenizer(after, add_special_tokens=False).input_ids if i in special), None)
+_PROBE = "a <b> & \"c\" - 'd'"  # what a template may escape or rewrite
+
+
+def turn_around(tokenizer: Any, messages: list[dict[str, str]], prompt: str) -> tuple[str, int | None]:
+    """What the chat template puts between a prompt and an assistant's answer, and the token that it puts after it.
+
+    messages: what the prompt is the rendering of. "" and None where the template does not tell.
+    """
+    answer = [{"role": "assistant", "content": _PROBE}]
+    before, found, after = tokenizer.apply_chat_template([*messages, *answer], tokenize=False).rpartition(_PROBE)
+    if not found:
+        return "", None
+    head = tokenizer.apply_chat_template(messages, tokenize=False)
+    begin = prompt[len(head) :] if prompt.startswith(head) else ""
+    special = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id}
+    special |= {
+        i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i != tokenizer.bos_token_id
+    }
+    special -= set(tokenizer(begin, add_special_tokens=False).input_ids)  # what begins a turn ends none
+    end = next((i for i in tokenizer(after, add_special_tokens=False).input_ids if i in special), None)
+    return before.removeprefix(prompt) if before.startswith(prompt) else "", end
 
 
 def encode(template: TemplateMeta, pairs: Sequence[Pair], tokenizer: Any, end: int, max_length: int) -> Encoded:
@@ -314,7 +339,7 @@ def encode(template: TemplateMeta, pairs: Sequence[Pair], tokenizer: Any, end: i
     end = end if template.end_token_id is None else template.end_token_id
     prompts = [pair.prompt(template) for pair in pairs]
     # An answer stands off by a space where the prompt does not end in white space: "Spanish:" -> " Hola".
-    gap = "" if template.text[-1:].isspace() or template.chat else " "
+    gap = (template.before_answer or "") if template.chat else "" if template.text[-1:].isspace() else " "
     texts = [prompt + gap + pair.target for prompt, pair in zip(prompts, pairs, strict=True)]
     kept, examples = [], []
     for prompt, full, pair in zip(
@@ -372,8 +397,12 @@ def _pair(record: Any, columns: Columns, where: str) -> Pair:
     source, target = record[columns.source], record[columns.target]
     if not all(isinstance(text, str) and text.strip() for text in (source, target)):
         raise DataError(f"{where}: source and target must both be text that is not empty.")
+    if any(0xD800 <= ord(c) < 0xE000 for text in record.values() if isinstance(text, str) for c in text):
+        raise DataError(f"{where}: half of a surrogate pair is no character: write the text as UTF-8.")
     group = record[columns.group] if columns.group else None
-    group = "" if group is None else str(group) if isinstance(group, int) else group
+    if isinstance(group, int | float) and not isinstance(group, bool) and group == int(group):
+        group = str(int(group))
+    group = "" if group is None else group
     fields = tuple((name, record[name]) for name in columns.fields)
     if not all(isinstance(text, str) for text in (group, *(text for _, text in fields))):
         names = ", ".join(map(repr, columns.names[2:]))

@@ -11,7 +11,7 @@ import math
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def run(
             patch.digest if patch else None, dtype_name(model.dtype), model.device.type, max_new_tokens,
             held_out.digest, held_out.examples,
         )  # fmt: skip
-        if file.is_file():
+        with suppress(OSError, ValueError, TypeError):  # none yet, or one that was cut
             return Outputs(**json.loads(file.read_bytes()))
     with attach(model) as handle:
         slot = 0 if patch is None else handle.bank.add(slot_rows(patch))

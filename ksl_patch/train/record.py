@@ -20,19 +20,43 @@ _STAGE = re.compile(r"[a-z]+-[0-9a-f]+")
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What a stage was computed with, and what changes its result by rounding alone.
+
+    batch: pairs of one process at a time, such batches in a step, and processes.
+    """
+
+    device: str
+    dtype: str
+    autocast: bool
+    batch: tuple[int, int, Annotated[int, msgspec.Meta(ge=1)]]
+
+
+@dataclass(frozen=True)
 class Record:
     """config: the fields of the BuildConfig. tests: the stage's folder with `ks.npz`; None without a test.
 
-    processes: how many trained together.
+    examples: digest of what was trained on, as token ids. machine: what it was trained on; see `Build.machine`.
     """
 
     config: dict[str, Any]
     tests: str | None
-    processes: Annotated[int, msgspec.Meta(ge=1)] = 1
+    examples: str = ""
+    machine: Machine | None = None
+
+
+_SPLIT = ("data_seed", "dev", "held_out", "group", "max_pairs")
 
 
 def write_record(run: Path, digest: str, record: Record) -> None:
-    """Keep it. Raises RunError."""
+    """Keep it. Raises RunError, also where the folder has the same patch of another split of the pairs."""
+    if _file(run, digest).is_file():
+        before = read_record(run, digest).config
+        if other := [name for name in _SPLIT if before.get(name) != record.config[name]]:
+            raise RunError(
+                f"{run} has this very patch with another {other[0].replace('_', '-')} ({before.get(other[0])}): pairs "
+                "that choices were made on would count as held out. Give this build a folder of its own with --resume."
+            )
     keep(_file(run, digest), json.dumps(asdict(record), indent=1).encode())
 
 

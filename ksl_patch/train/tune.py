@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ksl_patch.bank import SlotRows
@@ -78,15 +81,15 @@ def tune_rows(
     done = folder / "rows.safetensors"
     if done.is_file():
         reporter.note("reused", f"{stage}: already done in {folder}", stage=stage, folder=str(folder))
-        rows: torch.Tensor = safetensors.torch.load_file(done)["rows"]
-        return rows
+        return _read_rows(done, token_ids)
+    folder.mkdir(parents=True, exist_ok=True)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     base_rows = find_embedding(model).weight.detach()[token_ids.to(model.device)].float()
     slot = SlotRows(token_ids, base_rows, output=side == "input+output", prompt_only=scope == "prompt")
-    with training(model, slot) as trained, _evaluating_after(model):
+    with _alone(folder), training(model, slot) as trained, _evaluating_after(model):
         trainer = _RowTrainer(
             model=model,
             args=_arguments(settings, folder, model.device, trained.rows.numel()),
@@ -105,6 +108,38 @@ def tune_rows(
     return rows
 
 
+def _read_rows(file: Path, token_ids: torch.Tensor) -> torch.Tensor:
+    """The rows of a finished stage. Raises RunError when they are not those of the token ids."""
+    try:
+        saved = safetensors.torch.load_file(file)
+        rows: torch.Tensor = saved["rows"]
+        if not torch.equal(saved["token_ids"], token_ids) or len(rows) != len(token_ids) or not rows.isfinite().all():
+            raise ValueError("it has other rows")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise RunError(f"cannot use {file} ({error}): delete its folder, and the build will make it again.") from error
+    return rows
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One build at a time in a stage's folder. Raises RunError."""
+    if int(os.environ.get("RANK", 0)):
+        yield  # the first process holds it
+        return
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise RunError(
+            f"another build is training in {folder}: wait for it, or give this one its own --resume."
+        ) from error
+
+
+def autocasts(device: str) -> bool:
+    """Whether a stage computes in bfloat16 where that is safe, whatever dtype the weights have."""
+    return device == "cuda" and torch.cuda.is_bf16_supported()
+
+
 @contextmanager
 def _evaluating_after(model: Any) -> Iterator[None]:
     """The Trainer turns dropout on; however it ends, the model is left without."""
@@ -115,6 +150,7 @@ def _evaluating_after(model: Any) -> Iterator[None]:
 
 
 def _arguments(settings: TuneSettings, folder: Path, device: torch.device, numbers: int) -> TrainingArguments:
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # a launcher's default, which would count instead of `bf16`
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -126,7 +162,7 @@ def _arguments(settings: TuneSettings, folder: Path, device: torch.device, numbe
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=device.type == "cpu",
-        bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        bf16=autocasts(device.type),
         save_strategy="steps",
         save_steps=settings.checkpoint_every,
         save_total_limit=2,  # the older one stays until the newer is marked complete

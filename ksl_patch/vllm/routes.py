@@ -202,9 +202,12 @@ class Patches:
             template = self.content(name).meta.template
         except _RefusalError:
             return False
-        if template is None or all(map(template.matches, texts)):
+        if template is None:
             return False
+        others = not all(map(template.matches, texts))
         if not self.settings.template:
+            if not others:
+                return False
             digest = self.content(name).digest
             if digest not in self._warned:
                 self._warned.add(digest)
@@ -215,7 +218,7 @@ class Patches:
                     name,
                 )
             return False
-        if template.fields:
+        if others and template.fields:
             raise _RefusalError(
                 400,
                 f"the template of {name} has {', '.join(map(repr, template.fields))} beside the sentence: send the "
@@ -225,8 +228,9 @@ class Patches:
         body["prompt"] = texts[0] if one else texts
         if template.chat:
             body["add_special_tokens"] = False
-        if template.end_token_id is not None:
-            body["stop_token_ids"] = [*(body.get("stop_token_ids") or []), template.end_token_id]
+        stops = body.get("stop_token_ids") or []
+        if template.end_token_id is not None and isinstance(stops, list):  # vLLM refuses others
+            body["stop_token_ids"] = [*stops, template.end_token_id]
         return True
 
     async def _read(self, file: PatchFile) -> Patch:
