@@ -32,6 +32,7 @@ from ksl_patch.train.progress import RichReporter
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCUMENT = ROOT / "benchmarks/results/study.json", ROOT / "docs/experiments.md"
+DAMPING = ROOT / "benchmarks/results/damping.json"
 LANGUAGES = ("es", "fr", "id")
 ROWS, SIZES, SEEDS, NEW_TOKENS = 32, (8, 128), 2, 60
 OTHER_RATE = 0.05  # of the embedding tuning, for the power of the test
@@ -201,9 +202,29 @@ def figures_table(rows: list[tuple[str, SystemScores]], first: str = "") -> str:
     return markdown_table(head, lines)
 
 
-def tables(results: dict) -> dict[str, str]:
+def damping_table(results: dict) -> str:
+    """What benchmarks/damping.py found."""
+    rows = results["config"]["top_k"]
+    lines = [
+        ("on" if each["damp_rare"] else "off", each["rate"], each["significant"], f"{each['largest']:.3f}",
+         f"{each['frequent']} of {rows}", f"{each['count']:g}", f"{each['embedding']:.3f}", f"{each['patch']:.3f}",
+         " ".join(f"`{json.dumps(token, ensure_ascii=False)}`" for token in each["tokens"][:10]))
+        for each in results["builds"]
+    ]  # fmt: skip
+    head = ("`--damp-rare`", "learning rate", "rows with p < 0.05", "largest D", f"among the {rows} most frequent",
+            "median count", "dev loss, embedding tuned", f"dev loss, patch of {rows} rows", "its first tokens by D")  # fmt: skip
+    said = (
+        f"{results['config']['base']}, {results['config']['pairs']}, {results['dev_pairs']} dev pairs, one seed, "
+        f"{results['config']['embed_steps']} + {results['config']['steps']} steps x {results['config']['batch_size']}, "
+        f"{results['rows_read']:,} rows read. Dev loss of the base {results['base']:.3f}, of the {rows} most frequent rows "
+        f"{results['frequency']:.3f}. {results['seconds'] / 60:.0f} minutes on {results['machine']['cores']} cores."
+    )
+    return f"{said}\n\n{markdown_table(head, lines)}"
+
+
+def tables(results: dict, damping: dict) -> dict[str, str]:
     """Every generated part of the document, by name."""
-    found = {}
+    found = {"damping": damping_table(damping)}
     per_language = {language: results["parts"][language] for language in results["languages"]}
     evaluations = {language: read(Evaluation, parts["main"]) for language, parts in per_language.items()}
     found["setting"] = (
@@ -339,7 +360,8 @@ def main(folder: Path, only_tables: bool) -> None:
             "parts": parts,
         }  # fmt: skip
         write_atomically(RESULTS, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
-    filled = fill(DOCUMENT.read_text(encoding="utf-8"), tables(json.loads(RESULTS.read_bytes())))
+    parts = tables(json.loads(RESULTS.read_bytes()), json.loads(DAMPING.read_bytes()))
+    filled = fill(DOCUMENT.read_text(encoding="utf-8"), parts)
     write_atomically(DOCUMENT, filled.encode())
     console.print(f"Wrote {RESULTS} and the tables of {DOCUMENT}.")
 
