@@ -8,7 +8,6 @@ Every build is measured on its dev pairs, which nothing else is. Results go to b
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 
 import click
@@ -50,7 +49,7 @@ def measured(build: Build) -> dict:
 @click.option("--group")
 @click.option("--run", type=click.Path(path_type=Path), default=Path(".demo/damping"))
 def main(base: str, pairs: str, language: str, group: str | None, run: Path) -> None:
-    begun, loaded, found = time.perf_counter(), None, []
+    loaded, found = None, []
     config = BuildConfig(
         base=base, pairs=pairs, language=language, name=language, group=group, alpha=None, top_k=ROWS,
         embed_steps=STEPS, steps=STEPS,
@@ -65,9 +64,7 @@ def main(base: str, pairs: str, language: str, group: str | None, run: Path) -> 
         frequency = build.patched_loss(build.patch_of(build.ticket("frequency", ROWS)))
     results = {
         "machine": machine(),
-        "seconds": round(time.perf_counter() - begun),
         "config": dataclasses.asdict(config) | {"base": Path(base).name, "pairs": Path(pairs).name},
-        "rows_read": int(np.count_nonzero(build.embed_counts)),
         "dev_pairs": len(build.dev),
         "base": token_loss(build.model, build.dev.examples),
         "frequency": frequency,

@@ -212,12 +212,11 @@ def damping_table(results: dict) -> str:
         for each in results["builds"]
     ]  # fmt: skip
     head = ("`--damp-rare`", "learning rate", "rows with p < 0.05", "largest D", f"among the {rows} most frequent",
-            "median count", "dev loss, embedding tuned", f"dev loss, patch of {rows} rows", "its first tokens by D")  # fmt: skip
+            "median count", "dev loss, embedding tuned", f"dev loss, {rows} rows", "first tokens by D")  # fmt: skip
     said = (
         f"{results['config']['base']}, {results['config']['pairs']}, {results['dev_pairs']} dev pairs, one seed, "
         f"{results['config']['embed_steps']} + {results['config']['steps']} steps x {results['config']['batch_size']}, "
-        f"{results['rows_read']:,} rows read. Dev loss of the base {results['base']:.3f}, of the {rows} most frequent rows "
-        f"{results['frequency']:.3f}. {results['seconds'] / 60:.0f} minutes on {results['machine']['cores']} cores."
+        f"dev loss of the base {results['base']:.3f}, of the {rows} most frequent rows {results['frequency']:.3f}."
     )
     return f"{said}\n\n{markdown_table(head, lines)}"
 

@@ -19,7 +19,7 @@ from ksl_patch.errors import BaseMismatchError
 _FINGERPRINT_ROWS = 256
 _BODY_VALUES = 256  # of each weight
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_LABELS = ("_name_or_path", "transformers_version", "_commit_hash", "_from_model_config")
+_LABELS = ("_name_or_path", "transformers_version", "_commit_hash", "_from_model_config", "base_model_name_or_path")
 # Rounding float32 to bfloat16 changes a value by at most 2^-9 of itself; float16 is closer.
 _ROUNDING = 2.0**-8
 
@@ -269,7 +269,7 @@ def body_digest(model: Any, dtype: torch.dtype) -> str | None:
     own = None if table is None else _sample(table)
     digest = hashlib.sha256()
     for weight in model.state_dict().values():
-        if not isinstance(weight, torch.Tensor) or weight.dtype in (torch.uint8, torch.int8):
+        if not isinstance(weight, torch.Tensor) or (weight.ndim > 1 and not weight.is_floating_point()):
             return None
         values = _sample(weight)
         if values is None:
@@ -305,11 +305,12 @@ def has_other_weights(
     if hasattr(model, "peft_config") or any(isinstance(module, adapters) for module in model.modules()):
         return False
     dtype, table = getattr(torch, identity.dtype), find_embedding(model)
-    if not table.plain or any(weight.dtype not in (dtype, torch.float32) for weight in model.parameters()):
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    if quantised or not table.plain or any(weight.dtype not in (dtype, torch.float32) for weight in model.parameters()):
         return False
     if fingerprint(table.weight, dtype) != identity.fingerprint:
         return True
-    if identity.body is None or (table.head is None and not identity.tied):
+    if identity.body is None or table.head is None:
         return False
     found = body(dtype) if body is not None else body_digest(model, dtype)
     return found is not None and found != identity.body
@@ -333,8 +334,13 @@ def model_digest(model: Any, tokenizer: Any) -> str:
             digest.update(tensor_bytes(values))
     adapters = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
     configs = [_unlabelled(config) for config in (model.config.to_dict(), model.generation_config.to_dict(), adapters)]
-    digest.update(json.dumps(configs, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(configs, sort_keys=True, default=_plain).encode())
     return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for, in one that is the same in every process."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 def _tokenizer_text(tokenizer: Any) -> str:

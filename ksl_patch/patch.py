@@ -469,10 +469,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 def check_fields(names: Sequence[str]) -> None:
     """Names of a template's fields beside the source. Raises PatchError."""
     for name in names:
-        if not _FIELD.fullmatch(name) or name in ("source", "target"):
+        if not _FIELD.fullmatch(name) or name == "source":
             raise PatchError(
-                f"{name[:70]!r} cannot be filled into a template: use up to 64 letters, digits and '_', and neither "
-                "'source' nor 'target', which is the answer."
+                f"{name[:70]!r} cannot be a template's field: use up to 64 letters, digits and '_', and not 'source'."
             )
     if len(names) > _MAX_FIELDS:
         raise PatchError(f"a template has at most {_MAX_FIELDS} fields beside the sentence, not {len(names)}.")
@@ -585,6 +584,9 @@ def _check_meta(patch: Patch) -> None:
         end = meta.template.end_token_id
         if end is not None and not 0 <= end < meta.base.vocab_size:
             raise PatchError(f"the template's end token {end} is outside the table.")
+        before = meta.template.before_answer or ""
+        if before.strip() or len(before) > _MAX_FIELDS:
+            raise PatchError("what stands before an answer must be a little white space.")
     if meta.tokens is not None and len(meta.tokens) != k:
         raise PatchError(f"the metadata has the text of {len(meta.tokens)} tokens for {k} token ids.")
     if meta.scope == "prompt" and meta.side != "input":

@@ -114,8 +114,8 @@ def _one_token(text: str, tokenizer: Any) -> list[int]:
     if len(ids) == 1 and tokenizer.decode(ids) == text:
         return ids
     vocabulary = tokenizer.get_vocab()
-    # A byte-level vocabulary calls bytes by the letters of Latin 1: those names are no texts.
-    if text in vocabulary and "\ufffd" not in tokenizer.decode([vocabulary[text]]):
+    # A byte-level vocabulary calls bytes by the letters of Latin 1: such a letter is a text here, and no name.
+    if text in vocabulary and (len(text) > 1 or "\ufffd" not in tokenizer.decode([vocabulary[text]])):
         return [vocabulary[text]]
     # A tokenizer may add a space before a text; the token itself then decodes to it.
     return next(([i] for i in sorted(vocabulary.values()) if tokenizer.decode([i]) == text), ids)

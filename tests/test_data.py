@@ -154,11 +154,11 @@ def test_the_chat_template_brings_its_own_special_tokens(tokenizer):
 
 def test_a_document_is_text_or_a_number_or_missing(tmp_path):
     file = tmp_path / "p.jsonl"
-    values = ["a", 3, 3.0, None, " ", ""]
+    values = ["a", 3, 3.0, None, " ", "", float("nan")]
     file.write_text(
         "".join(json.dumps({"source": f"s{i}", "target": "t", "page": v}) + "\n" for i, v in enumerate(values))
     )
-    assert [pair.group for pair in read_pairs(str(file), Columns(group="page"))] == ["a", "3", "3", "", "", ""]
+    assert [pair.group for pair in read_pairs(str(file), Columns(group="page"))] == ["a", "3", "3", "", "", "", ""]
     file.write_text('{"source": "a", "target": "b", "page": true}\n')
     with pytest.raises(DataError, match="must be text"):
         read_pairs(str(file), Columns(group="page"))

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -113,6 +114,9 @@ def test_wrappers_and_copies_are_no_other_weights():
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
     assert not has_other_weights(identity, untied)
     assert not has_other_weights(identify(tiny_llama(tied=False)), tiny_llama(tied=False).model)
+    packed = tiny_llama()
+    packed.model.layers[0].mlp.register_buffer("qweight", torch.ones(4, 4, dtype=torch.int32))
+    assert not has_other_weights(identity, packed)
 
 
 def test_a_tokenizer_that_cuts_joins_or_ends_otherwise_names_another_model(tokenizer):
@@ -134,6 +138,31 @@ def test_a_tokenizer_that_cuts_joins_or_ends_otherwise_names_another_model(token
     model = tiny_llama()
     model.generation_config.suppress_tokens = [5]
     assert model_digest(model, tokenizer) != digest
+
+
+def test_a_base_with_an_adapter_has_one_name_in_every_process(base_folder, tmp_path):
+    import peft
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+    settings = peft.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"], lora_alpha=4)
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path)
+    shutil.copy(base_folder / "tokenizer.json", tmp_path)
+    shutil.copy(base_folder / "tokenizer_config.json", tmp_path)
+    script = (
+        "import sys; from ksl_patch.hf import load_base; from ksl_patch.base import model_digest; "
+        "print(model_digest(*load_base(sys.argv[1])))"
+    )
+
+    def name(seed):
+        environment = os.environ | {"PYTHONHASHSEED": str(seed)}
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    first = name(1)
+    assert name(2) == first
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 64}))
+    assert name(1) != first
 
 
 def test_every_row_of_the_table_and_the_configuration_name_a_model(tokenizer):
@@ -405,6 +434,14 @@ def test_a_run_folder_keeps_one_split_for_a_patch_and_one_template_for_a_chat(co
     again = reopen(patch, run)
     assert again.template == patch.meta.template
     assert again.is_embedding_tuned
+    # The same words around a sentence, and another end of a turn: another base, with its own.
+    sibling = tmp_path / "sibling"
+    shutil.copytree(base, sibling)
+    chatting.eos_token = "<turn>"
+    chatting.save_pretrained(sibling)
+    other = Build(dataclasses.replace(dated, base=str(sibling)), run, SilentReporter())
+    assert (other.template.end_token_id, again.template.end_token_id) == (None, 373)
+    assert other.train.examples[0].answer[-1] == 373
     # Another tokenizer of the same vocabulary.
     text = json.loads((base_folder / "tokenizer.json").read_text())
     text["normalizer"] = {"type": "Lowercase"}
@@ -772,6 +809,12 @@ def test_one_source_in_two_contexts_is_two_pairs_on_one_side():
     assert split.duplicates == 0
     sides = [{pair.key for pair in part} for part in (split.train, split.dev, split.held_out)]
     assert len(set().union(*sides)) == sum(map(len, sides))
+    # Nor does it come back in another document.
+    everywhere = [Pair("Yes.", "Sí.", f"page {i}", (("title", str(i)),)) for i in range(40)]
+    split = split_pairs([*everywhere, *pairs], held_out=11, dev=7)
+    sides = [{pair.key for pair in part} for part in (split.train, split.dev, split.held_out)]
+    assert len(set().union(*sides)) == sum(map(len, sides))
+    assert len(split.train) + len(split.dev) + len(split.held_out) + split.unused == 160
     # A document that is named as a sentence is another thing.
     mixed = [Pair("x", "y"), *(Pair(s, t, "x") for s, t in PAIRS[:20]), *(Pair(s, t) for s, t in PAIRS[20:60])]
     for seed in range(40):
@@ -867,6 +910,8 @@ def test_rows_are_named_by_hand(base_folder, pairs_file, tokenizer, tmp_path):
     )
     # A byte-level vocabulary calls a byte "é"; the text is what is meant.
     assert tokenizer.get_vocab()["é"] != tokenizer("é", add_special_tokens=False).input_ids
+    name = next(token for token in tokenizer.get_vocab() if len(token) > 1 and token.startswith("Ġ"))
+    assert given_ticket([name], tokenizer, 400).token_ids.tolist() == [tokenizer.get_vocab()[name]]
     for wrong, message in [
         (["The cat sees the dog"], "tokens of this base"),
         (["é"], "2 tokens of this base"),

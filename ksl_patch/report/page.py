@@ -21,6 +21,7 @@ from ksl_patch.evidence import (
     Evaluation,
     Figure,
     against,
+    from_base,
     in_words,
     interval,
     of_seeds,
@@ -148,7 +149,9 @@ def _headline(evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
         if before and after:
             change = f"{show(metric, before.value)} → {show(metric, after.value)}"
             seeds = of_seeds(metric, after)
-            more = f"difference {interval(metric, after)}" + (f"; {len(after.per_seed)} seeds {seeds}" if seeds else "")
+            more = f"difference {from_base(metric, after)}" + (
+                f"; {len(after.per_seed)} seeds {seeds}" if seeds else ""
+            )
             found.append((METRICS[metric][0], change, more))
     return found
 

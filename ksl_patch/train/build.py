@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ksl_patch.base import dtype_name, find_embedding, has_other_weights
+from ksl_patch.base import dtype_name, find_embedding, has_other_weights, tokenizer_digest
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.evidence import Evaluation, write
 from ksl_patch.hf import attach, end_token_id, load_base
@@ -161,7 +161,7 @@ class Build:
         )
         for event, count, what in (
             ("duplicates", self.pairs.duplicates, "whose source occurs before"),
-            ("unused", self.pairs.unused, "of held-out documents beyond what is measured"),
+            ("unused", self.pairs.unused, "of what is held out, a document or a source, and not measured"),
         ):
             if count:
                 reporter.note(event, f"{count} pairs {what} were left out", pairs=count)
@@ -534,7 +534,7 @@ class Build:
         )
         if not made.chat:
             return made
-        key = [config.system, config.source_language, config.language, self.tokenizer.chat_template]
+        key = [config.system, config.source_language, config.language, self.loaded.digest]
         name = f"template-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
         try:
             return TemplateMeta(**self._once(name, asdict(made)))
@@ -626,12 +626,12 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
             f"the pairs in {config.pairs} do not give the training data of this patch; "
             "name the file that it was built from with --pairs."
         )
+    patch.check_table(find_embedding(build.model), tokenizer_digest(build.tokenizer))
     if has_other_weights(patch.meta.base, build.model):
         raise RunError(
             f"{config.base} has the rows of the base that this patch was trained on, and other weights beside them: "
             "give --base the one it was trained on, or measure the patch on this one with --alone."
         )
-    patch.check(build.model, build.tokenizer)
     if build._examples_digest != record.examples:
         raise RunError(
             f"the tokenizer or the template of {config.base} cuts the training pairs into other tokens than when this "

@@ -91,10 +91,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs for training, for choices between patches (dev), and for the figures (held_out); no source occurs twice.
+    """Pairs for training, for choices between patches (dev), and for the figures (held_out).
 
-    duplicates: how many were left out since their source occurs before. unused: how many of held-out documents were
-    left out of training and measured neither.
+    No source is in two of them. duplicates: how many were left out since their source occurs before. unused: how many
+    belong to what is held out (a document, a source) and are not measured.
     """
 
     train: list[Pair]
@@ -182,13 +182,18 @@ def split_pairs(
             f"{held_out} pairs are to be held out and {dev} kept for choices, but there are only {len(kept)} with "
             f"different sources{documents}; give more pairs or hold out fewer (--held-out, --dev)."
         )
-    test, choice = parts[0][:held_out], parts[1][:dev]
+    # One source may be in several documents, with other fields: it is on the side of the figures, then of the choices.
+    test = parts[0][:held_out]
+    known = {pair.key for pair in parts[0]}
+    choice = [pair for pair in parts[1] if pair.key not in known][:dev]
+    known |= {pair.key for pair in parts[1]}
+    train = [pair for pair in kept[begin:] if pair.key not in known]
     return Pairs(
-        train=kept[begin:][:limit],
+        train=train[:limit],
         dev=choice,
         held_out=test,
         duplicates=len(pairs) - len(kept),
-        unused=begin - len(test) - len(choice),
+        unused=len(kept) - len(train) - len(test) - len(choice),
     )
 
 
@@ -399,9 +404,9 @@ def _pair(record: Any, columns: Columns, where: str) -> Pair:
         raise DataError(f"{where}: source and target must both be text that is not empty.")
     if any(0xD800 <= ord(c) < 0xE000 for text in record.values() if isinstance(text, str) for c in text):
         raise DataError(f"{where}: half of a surrogate pair is no character: write the text as UTF-8.")
-    group = record[columns.group] if columns.group else None
-    if isinstance(group, int | float) and not isinstance(group, bool) and group == int(group):
-        group = str(int(group))
+    group: Any = record[columns.group] if columns.group else None
+    if isinstance(group, int | float) and not isinstance(group, bool):
+        group = None if group != group else str(int(group)) if float(group).is_integer() else group
     group = "" if group is None else group
     fields = tuple((name, record[name]) for name in columns.fields)
     if not all(isinstance(text, str) for text in (group, *(text for _, text in fields))):

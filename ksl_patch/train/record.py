@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,18 +46,19 @@ class Record:
     machine: Machine | None = None
 
 
-_SPLIT = ("data_seed", "dev", "held_out", "group", "max_pairs")
+_SPLIT = ("data_seed", "dev", "held_out", "group")
 
 
 def write_record(run: Path, digest: str, record: Record) -> None:
     """Keep it. Raises RunError, also where the folder has the same patch of another split of the pairs."""
-    if _file(run, digest).is_file():
+    before = None
+    with suppress(RunError):  # none, or none that can be read
         before = read_record(run, digest).config
-        if other := [name for name in _SPLIT if before.get(name) != record.config[name]]:
-            raise RunError(
-                f"{run} has this very patch with another {other[0].replace('_', '-')} ({before.get(other[0])}): pairs "
-                "that choices were made on would count as held out. Give this build a folder of its own with --resume."
-            )
+    if before is not None and (other := [name for name in _SPLIT if before.get(name) != record.config[name]]):
+        raise RunError(
+            f"{run} has this very patch with another {other[0].replace('_', '-')} ({before.get(other[0])}): pairs "
+            "that choices were made on would count as held out. Give this build a folder of its own with --resume."
+        )
     keep(_file(run, digest), json.dumps(asdict(record), indent=1).encode())
 
 
