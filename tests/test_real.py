@@ -41,9 +41,9 @@ def test_held_out_loss_falls_against_the_base_and_against_random_rows(build, pat
     losses = patch.meta.evaluation
     control = build.ticket("random", 32)
     random_loss = build.patched_loss(build.patch_from(control, build.rows(control)))
-    # Measured when this was written: see docs/experiments.md. The margins are about half of that.
+    # Random rows are of tokens that were read: the patch led by 0.23 when this was written. The margin is half of that.
     assert losses["loss_patch"] < losses["loss_base"] - 0.25
-    assert losses["loss_patch"] < random_loss - 0.25
+    assert losses["loss_patch"] < random_loss - 0.11
 
 
 def test_the_file_is_small_and_gives_the_tokens_of_an_overwritten_table(build, patch, smollm2, tmp_path):

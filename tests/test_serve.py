@@ -175,7 +175,7 @@ def test_models_and_patches_are_listed(server, base, patches):
     assert listed["es"]["rows"] == len(IDS)
     assert listed["es"]["bytes"] == patches[0].nbytes
     shown = server.http("GET", "/v1/patches/es").json()
-    assert shown["template"] == {"text": PLAIN.text, "chat": False, "fields": None, "end_token_id": None}
+    assert shown["template"] == dataclasses.asdict(PLAIN)
     assert server.http("GET", "/v1/patches/es", key="wrong").status_code == 401
     assert server.http("GET", "/v1/patches/nobody").status_code == 404
 
