@@ -1,6 +1,7 @@
 """What damping rare rows does to a ticket: embedding tuning with and without it, at two learning rates, on one base.
 
-    python benchmarks/damping.py --base .demo/gemma3 --pairs gnome-en-de.jsonl --group page
+    python examples/demo/fetch_gemma.py .demo
+    python benchmarks/damping.py --base .demo/gemma3 --pairs .demo/gnome-en-de.jsonl --group page
 
 Every build is measured on its dev pairs, which nothing else is. Results go to benchmarks/results/damping.json, and with
 `python benchmarks/study.py --tables` into docs/experiments.md. Killed, it continues.
