@@ -28,7 +28,7 @@ def measured(build: Build) -> dict:
     """A build's ticket of ROWS rows, the tuned embedding that it is from, and the patch of it."""
     result, ticket = build.ks(), build.ticket()
     counts = build.embed_counts[ticket.token_ids]
-    frequent = build.embed_counts.argsort(kind="stable")[::-1][:ROWS]
+    frequent = build.ticket("frequency", ROWS).token_ids
     largest = ticket.token_ids[np.argsort(-ticket.statistic, kind="stable")]
     return {
         "damp_rare": build.config.damp_rare,

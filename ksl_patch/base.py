@@ -292,28 +292,36 @@ def _sample(weight: torch.Tensor) -> torch.Tensor | None:
         return None
 
 
-def has_other_weights(
-    identity: BaseIdentity, model: Any, body: Callable[[torch.dtype], str | None] | None = None
-) -> bool:
-    """Whether a model that has a patch's rows has other weights beside them than the patch was made with.
+def weights_digest(model: Any, dtype: torch.dtype) -> tuple[str, str | None] | None:
+    """A model's `fingerprint` and `body_digest`, rounded to a dtype, to compare with a patch's base of that dtype.
 
-    Samples of the table and of all other weights are compared. False where that cannot be told: weights in a coarser
-    dtype than the patch's base, quantised, offloaded, without the head, or with PEFT's adapters on them. body: the
-    model's `body_digest`, where it is kept.
+    None where they do not tell: weights in a coarser dtype, quantised, offloaded, or with PEFT's adapters on them; the
+    body alone is None where it cannot be read, or is without the head.
     """
     adapters = _peft_layers()[0] if "peft" in sys.modules else ()
     if hasattr(model, "peft_config") or any(isinstance(module, adapters) for module in model.modules()):
-        return False
-    dtype, table = getattr(torch, identity.dtype), find_embedding(model)
+        return None
+    table = find_embedding(model)
     quantised = getattr(model.config, "quantization_config", None) is not None
     if quantised or not table.plain or any(weight.dtype not in (dtype, torch.float32) for weight in model.parameters()):
+        return None
+    return fingerprint(table.weight, dtype), None if table.head is None else body_digest(model, dtype)
+
+
+def has_other_weights(
+    identity: BaseIdentity, model: Any, digest: Callable[[torch.dtype], tuple[str, str | None] | None] | None = None
+) -> bool:
+    """Whether a model that has a patch's rows has other weights beside them than the patch was made with.
+
+    Samples of the table and of all other weights are compared. False where that cannot be told. digest: the model's
+    `weights_digest`, where it is kept.
+    """
+    dtype = getattr(torch, identity.dtype)
+    found = weights_digest(model, dtype) if digest is None else digest(dtype)
+    if found is None:
         return False
-    if fingerprint(table.weight, dtype) != identity.fingerprint:
-        return True
-    if identity.body is None or table.head is None:
-        return False
-    found = body(dtype) if body is not None else body_digest(model, dtype)
-    return found is not None and found != identity.body
+    table, body = found
+    return table != identity.fingerprint or (None not in (body, identity.body) and body != identity.body)
 
 
 @torch.no_grad()

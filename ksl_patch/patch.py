@@ -157,6 +157,11 @@ class TrainingMeta:
         of = f"{self.pairs:,} pairs" if read is None else f"{read:,} of {self.pairs:,} pairs"
         return f"{of} ({steps:,} steps x {self.batch_size})"
 
+    @property
+    def settings(self) -> str:
+        """The other hyper-parameters in words; empty where they are not known."""
+        return ", ".join(f"{name} {value}" for name, value in (self.hyperparameters or {}).items())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
@@ -305,10 +310,13 @@ class Patch:
         self.check_body(model)
 
     def check_body(
-        self, model: Any, body: Callable[[torch.dtype], str | None] | None = None, stacklevel: int = 3
+        self,
+        model: Any,
+        digest: Callable[[torch.dtype], tuple[str, str | None] | None] | None = None,
+        stacklevel: int = 3,
     ) -> None:
         """Warn with OtherBodyWarning when the model has other weights beside these rows than the patch's base."""
-        if has_other_weights(self.meta.base, model, body):
+        if has_other_weights(self.meta.base, model, digest):
             warnings.warn(
                 f"{self.meta.name} was made for another model that has the same rows (this one may be a fine-tune, or "
                 "have merged adapters): it works on this one, but what was measured of it need not hold here.",

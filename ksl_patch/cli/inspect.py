@@ -66,8 +66,7 @@ def _print(patch: Patch, size: int, limit: int) -> None:
         t = meta.training
         fact("training", f"{t.mode}, read {t.read}, {t.embed_steps} embedding steps at lr {t.embed_lr:.3g}, "
              f"{t.steps} row steps at lr {t.lr:.3g}, seed {t.seed}")  # fmt: skip
-        if t.hyperparameters:
-            fact("optimiser", ", ".join(f"{name} {value}" for name, value in t.hyperparameters.items()))
+        fact("optimiser", t.settings or None)
     if meta.evaluation and {"loss_base", "loss_patch"} <= meta.evaluation.keys():
         e = meta.evaluation
         on = in_words(e["pairs"], e.get("part"))

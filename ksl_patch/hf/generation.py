@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ def complete(
 ) -> list[Completion]:
     """Greedy completions of prompts on a model with patches attached, the bank's slot for each."""
     common = end_token_ids(model, tokenizer)
-    own: list[Collection[int]] = [{*common, *([] if end is None else [end])} for end in ends or [None] * len(prompts)]
+    own = [{*common, *([] if end is None else [end])} for end in ends or [None] * len(prompts)]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else common[0]
     size = batch_size or len(prompts) or 1
     # Prompts of like length together: less padding. The results go back in the order of the prompts.
@@ -99,7 +99,7 @@ def complete(
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in part], device=model.device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
         # What ends one row must not end another: it is cut afterwards.
-        all_end = sorted(set.intersection(*(set(own[i]) for i in part)))
+        all_end = sorted(set.intersection(*(own[i] for i in part)))
         with handle.serving([slots[i] for i in part]):
             output = model.generate(
                 input_ids=ids,

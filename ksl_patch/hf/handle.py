@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from ksl_patch.bank import PatchBank
-from ksl_patch.base import body_digest, dtype_name, find_embedding, innermost, tokenizer_digest
+from ksl_patch.base import dtype_name, find_embedding, innermost, tokenizer_digest, weights_digest
 from ksl_patch.errors import RunError
 from ksl_patch.hf.choice import Block, Choice, Packed, Prompt, StaticChoice
 from ksl_patch.hf.continuous import ContinuousBatching
@@ -112,7 +112,7 @@ class PatchHandle:
         if "ksl_patch" in vars(self._model):
             raise RunError("patches are attached to this model already: use that handle, or detach it first.")
         self._vocabulary = None if tokenizer is None else tokenizer_digest(tokenizer)
-        self._body = functools.cache(functools.partial(body_digest, model))  # read with the first patch
+        self._weights = functools.cache(functools.partial(weights_digest, model))  # read with the first patch
         self._table = table = find_embedding(self._model)
         if any("ksl_patch" in vars(lookup.module) for lookup in table.lookups):
             raise RunError("patches are attached to a part of this model, or to what it is a part of, already.")
@@ -521,7 +521,7 @@ class PatchHandle:
             raise RunError(f"{self._merged.name} is merged into the model's table: unmerge it before loading others.")
         self._check_model()
         patch.check_table(self._table, self._vocabulary)
-        patch.check_body(self._model, self._body, stacklevel=4)
+        patch.check_body(self._model, self._weights, stacklevel=4)
         if patch.meta.side == "input+output":
             self._table.check_head(patch.meta.base, patch.token_ids, patch.base_rows)
         if patch.meta.scope == "prompt" and (self._static is not None or self._model.config.is_encoder_decoder):

@@ -22,7 +22,6 @@ from ksl_patch.evidence import (
     Figure,
     against,
     from_base,
-    in_words,
     interval,
     of_seeds,
     read,
@@ -276,10 +275,10 @@ def _provenance(patch: Patch, evaluation: Evaluation | None) -> list[tuple[str, 
             ("row tuning", f"{t.steps} steps, learning rate {t.lr:.3g}"),
             ("training data", t.data_digest),
         ]
-        if t.hyperparameters:
-            lines.append(("optimiser", ", ".join(f"{name} {value}" for name, value in t.hyperparameters.items())))
+        if t.settings:
+            lines.append(("optimiser", t.settings))
     if evaluation:
-        lines.append((f"{in_words(evaluation.pairs, evaluation.part)}", evaluation.data_digest))
+        lines.append((evaluation.what, evaluation.data_digest))
         lines += [(f"{name} signature", value) for name, value in evaluation.signatures.items()]
     return lines
 

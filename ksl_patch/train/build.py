@@ -464,7 +464,6 @@ class Build:
                 lr=lr * self.scale,
                 batch_size=config.batch_size,
                 accumulate=config.accumulate,
-                processes=self.processes,
                 seed=config.seed,
                 checkpoint_every=config.checkpoint_every,
                 gradient_checkpointing=config.gradient_checkpointing,

@@ -260,8 +260,7 @@ def make_template(
     source, target = language_name(source_language), language_name(language)
     if system is not None and "{source}" in system:
         raise RunError("the sentence goes into the user's message: remove {source} from the system prompt.")
-    if system is not None and kind != "chat":
-        raise RunError("a system prompt is for the chat template: add --template chat, or put it into the template.")
+    fields = template_fields(kind, system) or None
     if kind == "plain":
         return TemplateMeta(
             text=f"Translate this sentence from {source} to {target}.\n{source}: {{source}}\n{target}:", chat=False
@@ -270,7 +269,7 @@ def make_template(
         text = kind.replace("\\n", "\n")
         if text.count("{source}") != 1:
             raise RunError("a template of your own must contain '{source}' exactly once, where the sentence goes.")
-        return TemplateMeta(text=text, chat=False, fields=_fields(text) or None)
+        return TemplateMeta(text=text, chat=False, fields=fields)
     if not getattr(tokenizer, "chat_template", None):
         raise RunError("this base has no chat template; use the plain template or a text of your own.")
     messages = [] if system is None else [{"role": "system", "content": system.replace("\\n", "\n")}]
@@ -292,7 +291,7 @@ def make_template(
     return TemplateMeta(
         text=text,
         chat=True,
-        fields=_fields(system or "") or None,
+        fields=fields,
         end_token_id=None if end == tokenizer.eos_token_id else end,
         before_answer=before or None,
     )
@@ -302,13 +301,11 @@ def template_fields(kind: str, system: str | None) -> list[str]:
     """The columns beside the source that a template of this kind names. Raises PatchError for what cannot be one."""
     if system is not None and kind != "chat":
         raise RunError("a system prompt is for the chat template: add --template chat, or put it into the template.")
-    fields = _fields(system or "") if kind in ("plain", "chat") else _fields(kind)
+    text = (system or "") if kind in ("plain", "chat") else kind
+    names = re.findall(r"\{([A-Za-z_][A-Za-z0-9_]*)\}", text)
+    fields = [name for name in dict.fromkeys(names) if name != "source"]
     check_fields(fields)
     return fields
-
-
-def _fields(text: str) -> list[str]:
-    return [name for name in dict.fromkeys(re.findall(r"\{([A-Za-z_][A-Za-z0-9_]*)\}", text)) if name != "source"]
 
 
 _PROBE = "a <b> & \"c\" - 'd'"  # what a template may escape or rewrite

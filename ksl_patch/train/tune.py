@@ -41,7 +41,6 @@ class TuneSettings:
     accumulate: int
     seed: int
     checkpoint_every: int
-    processes: int = 1
     gradient_checkpointing: bool = False
     damp_rare: bool = False
 
@@ -74,7 +73,7 @@ def tune_rows(
 ) -> torch.Tensor:
     """Train the rows of `token_ids` (int64 [k]) from the base's values; returns them as float32 [k, d].
 
-    examples: what is read, in this order: steps x batch_size x accumulate x processes of them.
+    examples: what is read, in this order: steps x batch_size x accumulate of them, for each process.
     The optimiser holds k x d numbers; the model's own weights are frozen and never copied. Checkpoints in
     `folder` let a killed run continue to the same result; a finished stage is read back from `rows.safetensors`.
     """
