@@ -103,10 +103,10 @@ class Overlay:
 class TrainedRows(nn.Module):
     """The rows of one patch while they are trained, in float32 [k, d].
 
-    where: bool [B, T], the positions at which they act in the forward pass that comes; None for all.
+    prompt: bool [B, T], the prompts' positions in the forward pass that comes; rows of scope "prompt" act there alone.
     """
 
-    where: torch.Tensor | None = None
+    prompt: torch.Tensor
     rows: nn.Parameter
     index: torch.Tensor
     token_ids: torch.Tensor
@@ -119,15 +119,15 @@ class TrainedRows(nn.Module):
         self.rows = nn.Parameter(patch.rows.to(device, torch.float32, copy=True))
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("token_ids", patch.token_ids.to(device), persistent=False)
-        self._head_bias = getattr(table.head, "bias", None)
+        self._head_bias, self._prompt_only = getattr(table.head, "bias", None), patch.prompt_only
 
     def embed(
         self, token_ids: torch.Tensor, embeddings: torch.Tensor, scale: torch.Tensor | float | None = None
     ) -> torch.Tensor:
         """token_ids [B, T], embeddings [B, T, d] -> [B, T, d] with the trained rows, times the scale, in place."""
         position = self.index[token_ids]
-        if self.where is not None:
-            position = position.where(self.where, -1)
+        if self._prompt_only:
+            position = position.where(self.prompt, -1)
         return replace_rows(embeddings, position, self.rows, scale)
 
     def correct(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -140,8 +140,7 @@ class TrainedRows(nn.Module):
 def training(model: Any, patch: SlotRows) -> Iterator[TrainedRows]:
     """The model with trainable rows over its embedding (and head) for the length of a `with` block.
 
-    They are a submodule of the model, so that optimisers, devices and checkpoints see them. Rows of scope "prompt" act
-    where the labels of a forward pass are -100, which are its prompt's positions.
+    They are a submodule of the model, so that optimisers, devices and checkpoints see them.
     """
     table = find_embedding(model)
     trained = TrainedRows(table, patch)
@@ -155,12 +154,6 @@ def training(model: Any, patch: SlotRows) -> Iterator[TrainedRows]:
     if patch.output:
         assert table.head is not None
         hooks.append(table.head.register_forward_hook(lambda _, args, output: trained.correct(args[0], output)))
-    if patch.prompt_only:
-
-        def mark(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            trained.where = kwargs["labels"] == -100
-
-        hooks.append(model.register_forward_pre_hook(mark, with_kwargs=True))
     try:
         yield trained
     finally:

@@ -154,6 +154,9 @@ def expected(model, patches, tokenizer):
     """Tokens of a model whose table was overwritten by hand, for a patch's number or None."""
     known = {}
 
+    # Two threads of a small model would wait for each other while the server's own take the processors.
+    torch.set_num_threads(1)
+
     @torch.no_grad()
     def of(number, prompt, count=20):
         if (number, prompt, count) not in known:
@@ -163,7 +166,8 @@ def expected(model, patches, tokenizer):
             known[number, prompt, count] = own.generate(ids, **settings)[0, ids.shape[1] :].tolist()
         return known[number, prompt, count]
 
-    return of
+    yield of
+    torch.set_num_threads(2)
 
 
 def test_models_and_patches_are_listed(server, base, patches):
@@ -311,7 +315,7 @@ def test_two_hundred_requests_over_fifty_patches_while_they_come_and_go(server, 
         assert answer.status_code == 201, answer.text
     for turn in range(10):
         server.http("POST", "/v1/patches", {"name": f"moving{turn}", "path": f"p{50 + turn % 5}.safetensors"})
-    texts = [f"The {noun} {verb} the sea." for noun in ("cat", "dog", "book", "hand") for verb in ("sees", "loves")]
+    texts = [f"The {noun} sees the sea." for noun in ("cat", "dog", "book")]
     for number in [*fixed.values(), *range(50, 55)]:
         for text in texts:
             expected(number, text)
@@ -347,10 +351,11 @@ def test_two_hundred_requests_over_fifty_patches_while_they_come_and_go(server, 
     changer.start()
     try:
         with ThreadPoolExecutor(40) as pool:
-            right = list(pool.map(ask, range(200)))
+            right = list(pool.map(ask, range(200), timeout=300))
             while sum(code in (200, 201) for _, code in changes) < 5:  # a slow machine
-                right += pool.map(ask, range(40))
-                assert len(right) < 2000, changes
+                assert changer.is_alive(), changes
+                assert len(right) < 1000, changes
+                right += pool.map(ask, range(40), timeout=120)
     finally:
         done.set()
         changer.join()

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ksl_patch.bank import SlotRows
@@ -21,7 +22,8 @@ from ksl_patch.base import find_embedding
 from ksl_patch.errors import RunError
 from ksl_patch.overlay import training
 from ksl_patch.patch import Scope, Side, write_atomically
-from ksl_patch.train.data import Example, collate
+from ksl_patch.train.data import IGNORED, Example, collate
+from ksl_patch.train.loss import answer_logits
 from ksl_patch.train.progress import Reporter
 
 _COMPLETE = "complete"
@@ -94,6 +96,7 @@ def tune_rows(
             args=_arguments(settings, folder, model.device, trained.rows.numel()),
             train_dataset=list(examples),  # type: ignore[arg-type]
             data_collator=lambda batch: collate(batch, pad=0),  # masked and without labels: any id will do
+            compute_loss_func=_mean_loss,
             callbacks=[_Progress(stage, reporter)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -184,7 +187,24 @@ def _last_complete(folder: Path) -> str | None:
     return str(max(marked, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]))) if marked else None
 
 
+def _mean_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
+    """Over the tokens of all answers of a step. logits [N, V], labels int64 [B, T] with N answer tokens."""
+    wanted = labels[:, 1:][labels[:, 1:] != IGNORED].to(logits.device)
+    total = F.cross_entropy(logits.float(), wanted, reduction="sum")
+    return total / (len(wanted) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).to(total.device))
+
+
 class _RowTrainer(Trainer):  # type: ignore[misc]
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, of the logits that predict answers."""
+        labels = inputs["labels"]
+        self.accelerator.unwrap_model(model).ksl_overlay.prompt = labels == IGNORED
+
+        def logits(num_items_in_batch: Any = None, **batch: torch.Tensor) -> torch.Tensor:
+            return answer_logits(model, batch, labels)
+
+        return super().compute_loss(logits, inputs, *args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Keep the trained rows, not the base."""
         folder = Path(output_dir or self.args.output_dir)
