@@ -1,4 +1,4 @@
-"""The whole study of docs/experiments.md on SmolLM2: one command, about an hour on two cores, continues after a kill.
+"""The whole study of docs/experiments.md on Gemma 3 270M: one command, continues after a kill.
 
     make study        or: python benchmarks/study.py .demo
 
@@ -19,76 +19,123 @@ import scipy.stats
 from machine import console, machine
 
 from ksl_patch.certify import at_least
-from ksl_patch.evidence import METRICS, Certificate, Evaluation, SystemScores, read, with_interval, write
+from ksl_patch.evidence import (
+    METRICS,
+    Certificate,
+    Evaluation,
+    SystemScores,
+    against,
+    difference,
+    occurrence_table,
+    read,
+    with_interval,
+    write,
+)
+from ksl_patch.hf import attach
+from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import TemplateMeta, write_atomically
 from ksl_patch.store.card import markdown_table
+from ksl_patch.ticket import Ticket
 from ksl_patch.train.ablate import PLACES, run_at
 from ksl_patch.train.agreement import certify
 from ksl_patch.train.build import Build, BuildConfig
 from ksl_patch.train.compare import evaluate, make_systems
-from ksl_patch.train.data import language_name, make_template
-from ksl_patch.train.evaluate import Scorer, run
+from ksl_patch.train.data import Columns, Example, language_name, read_pairs
+from ksl_patch.train.evaluate import Scorer, answer_losses, run
 from ksl_patch.train.progress import RichReporter
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCUMENT = ROOT / "benchmarks/results/study.json", ROOT / "docs/experiments.md"
 DAMPING = ROOT / "benchmarks/results/damping.json"
-LANGUAGES = ("es", "fr", "id")
-ROWS, SIZES, SEEDS, NEW_TOKENS = 32, (8, 128), 2, 60
+# Builds: a domain and a language. The first has what is measured on one alone, FEW what is measured on two.
+HELP, VERSES = [("gnome", language) for language in ("de", "ru", "ko", "id")], [("quran", "ru"), ("quran", "id")]
+FIRST, FEW = HELP[0], (HELP[0], HELP[2])
+DOMAINS = {"gnome": "GNOME's help", "quran": "the Quran's verses", "udhr": "the Declaration's articles"}
+ROWS, SIZES, SEEDS = 18, (1, 4, 64), 2
+PAIRS, NEW_TOKENS = 48, 60
+ONE_ROW = ("\n", "<bos>", ":")
 OTHER_RATE = 0.05  # of the embedding tuning, for the power of the test
 ALPHAS = (0.2, 0.1, 0.05, 0.01, 0.001)
+COLUMNS = ("loss", "chrf", "chrf_first_line", "bleu_first_line", "in_language", "stop_rate", "characters")
 
 
-def settings(folder: Path, language: str) -> BuildConfig:
+def settings(folder: Path, domain: str, language: str) -> BuildConfig:
     return BuildConfig(
-        base=str(folder / "smollm2"),
-        pairs=str(folder / f"en-{language}.jsonl"),
+        base=str(folder / "gemma3"),
+        pairs=str(folder / domain / f"en-{language}.jsonl"),
+        group="page",
         language=language,
-        name=f"smollm2-en-{language}",
+        name=f"gemma3-en-{language}",
         alpha=None,
         top_k=ROWS,
-        embed_steps=60,
+        embed_steps=40,
         steps=40,
+        dev=32,
+        held_out=192,  # whole pages, of which PAIRS sentences are measured
     )
 
 
+def row_name(token: str) -> str:
+    return f"the row {json.dumps(token)} alone"
+
+
 class Study:
-    """Its parts are computed once and kept by name and by the settings of the language's build."""
+    """Its parts are computed once and kept by name and by the settings of their build."""
 
     def __init__(self, folder: Path, reporter: RichReporter) -> None:
         self.folder, self.reporter = folder, reporter
         self.run = folder / "study"
         self.builds, self.patches = {}, {}
         loaded = None
-        for language in LANGUAGES:
-            build = self.builds[language] = Build(settings(folder, language), self.run, reporter, loaded)
+        for which in (*HELP, *VERSES):
+            build = self.builds[which] = Build(settings(folder, *which), self.run / which[0], reporter, loaded)
             loaded = build.loaded
 
-    def once(self, language, part, make):
-        build = self.builds[language]
-        key = json.dumps([dataclasses.asdict(build.config), build.loaded.digest, ROWS, SIZES, SEEDS, NEW_TOKENS])
-        file = self.run / "parts" / f"{part}-{language}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    def once(self, which, part):
+        build = self.builds[which]
+        key = json.dumps([dataclasses.asdict(build.config), build.loaded.digest, SIZES, SEEDS, PAIRS, NEW_TOKENS])
+        name = f"{part}-{'-'.join(which)}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+        file = self.run / "parts" / name
         file.parent.mkdir(exist_ok=True)
         if not file.is_file():
             begun = time.perf_counter()
-            if language not in self.patches:
-                self.patches[language] = build.patch()
-            value = make(build, self.patches[language])
+            value = getattr(self, part)(build, self.patch(which))
             write_atomically(file, json.dumps({"seconds": round(time.perf_counter() - begun), "value": value}).encode())
-            self.reporter.note("part", f"{language}: {part} is done")
+            self.reporter.note("part", f"{' '.join(which)}: {part} is done")
         return json.loads(file.read_bytes())["value"]
 
+    def patch(self, which):
+        if which not in self.patches:
+            self.patches[which] = self.builds[which].patch()
+        return self.patches[which]
+
     def score(self, build, systems, held_out=None):
-        held_out = held_out or build.held_out
+        held_out = held_out or build.held_out.first(PAIRS)
         result = evaluate(
             build.model, build.tokenizer, held_out, systems, self.reporter,
             max_new_tokens=NEW_TOKENS, cache=build.outputs, part="held-out",
         )  # fmt: skip
         return write(result)
 
+    def by_hand(self, build, token):
+        """The patch of one row."""
+        config = dataclasses.replace(build.config, rows=(token,), top_k=None)
+        one = Build(config, build.run, self.reporter, build.loaded)
+        return one.patch_of(one.ticket())
+
     def main(self, build, patch):
-        """The patch, the tuned embedding and the controls, with several training seeds."""
-        return self.score(build, make_systems(patch, build, seeds=SEEDS))
+        """The patch, the tuned embedding, the controls, and rows alone."""
+        alone = {row_name(token): {0: self.by_hand(build, token)} for token in ONE_ROW}
+        return self.score(build, make_systems(patch, build) | alone)
+
+    def verses(self, build, patch):
+        """The same on the harder domain, with fewer controls."""
+        alone = {row_name("\n"): {0: self.by_hand(build, "\n")}}
+        return self.score(build, make_systems(patch, build, ("frequency",)) | alone)
+
+    def seeds(self, build, patch):
+        """Several training seeds."""
+        return self.score(build, make_systems(patch, build, ("frequency", "random"), SEEDS))
 
     def sizes(self, build, patch):
         """Rows that are significant at each alpha, and what tickets of other sizes do."""
@@ -99,30 +146,42 @@ class Study:
             "evaluation": self.score(build, {"patch": {0: patch}} | systems),
         }
 
+    def single(self, build, patch):
+        """The dev loss of each row of the template alone."""
+        return [
+            {
+                "token": build.tokenizer.decode([i]),
+                "loss": build.patched_loss(build.patch_of(Ticket(np.array([i]), "single"))),
+            }
+            for i in build.template_tokens()
+        ]
+
     def ticket(self, build, patch):
         """How the ticket and the frequencies of its tokens hang together."""
         result, counts = build.ks(), build.embed_counts
         seen = np.flatnonzero(counts)
-        top = {k: build.ticket("ks", k).token_ids for k in (*SIZES, ROWS)}
+        top = {k: build.ticket("ks", k).token_ids for k in sorted((*SIZES, ROWS))}
         frequent = {k: build.ticket("frequency", k).token_ids for k in top}
         largest = top[ROWS][np.argsort(-result.statistic[top[ROWS]], kind="stable")]
         return {
             "seen": len(seen),
             "largest": float(result.statistic.max()),
+            "significant": int((result.pvalue < 0.05).sum()),
             "spearman": float(scipy.stats.spearmanr(result.statistic[seen], counts[seen]).statistic),
             "frequent": {str(k): int(np.isin(top[k], frequent[k]).sum()) for k in top},
             "top": top[ROWS].tolist(),
             "most_frequent": frequent[ROWS].tolist(),
-            "tokens": [build.tokenizer.decode([i]) for i in largest[:18]],
+            "tokens": [build.tokenizer.decode([i]) for i in largest],
         }
 
     def places(self, build, patch):
         """The same rows, acting at one place alone."""
-        scorer = Scorer(build.held_out.references, language=build.config.language)
-        base = run(build.model, build.tokenizer, build.held_out, None, max_new_tokens=NEW_TOKENS, cache=build.outputs)
+        held_out = build.held_out.first(PAIRS)
+        scorer = Scorer(held_out.references, language=build.config.language, groups=held_out.groups)
+        base = run(build.model, build.tokenizer, held_out, None, max_new_tokens=NEW_TOKENS, cache=build.outputs)
         systems = [SystemScores(name="base", rows=[0], seeds=[], figures=scorer.of_base(base))]
         for place in PLACES:
-            outputs = run_at(build.model, build.tokenizer, build.held_out, patch, place, max_new_tokens=NEW_TOKENS)
+            outputs = run_at(build.model, build.tokenizer, held_out, patch, place, max_new_tokens=NEW_TOKENS)
             figures = scorer.figures([outputs], base)
             systems.append(SystemScores(name=place, rows=[len(patch.token_ids)], seeds=[0], figures=figures))
         return [dataclasses.asdict(system) for system in systems]
@@ -130,7 +189,6 @@ class Study:
     def templates(self, build, patch):
         """The patch under other prompts than the one it was trained with, each beside the base under that prompt."""
         source, target = "English", language_name(build.config.language)
-        tokenizer = build.tokenizer
         others = {
             "the trained one": build.template,
             "a paraphrase": TemplateMeta(
@@ -138,12 +196,11 @@ class Study:
                 chat=False,
             ),
             "no instruction": TemplateMeta(text=f"{source}: {{source}}\n{target}:", chat=False),
-            "the chat template": make_template(
-                "chat", source_language="en", language=build.config.language, tokenizer=tokenizer
-            ),
+            "one line": TemplateMeta(text=f'The {target} for "{{source}}" is:', chat=False),
         }
+        pairs = build.held_out.first(PAIRS).pairs
         return {
-            name: self.score(build, {"patch": {0: patch}}, build.encode(build.pairs.held_out, "held-out", template))
+            name: self.score(build, {"patch": {0: patch}}, build.encode(pairs, "held-out", template))
             for name, template in others.items()
         }
 
@@ -155,51 +212,111 @@ class Study:
     def power(self, build, patch):
         """What the test sees after an embedding tuning at another learning rate."""
         config = dataclasses.replace(build.config, embed_lr=OTHER_RATE)
-        found = {}
-        for each in (Build(config, self.run, self.reporter, build.loaded), build):
+        found, held_out = {}, build.held_out.first(PAIRS)
+        for each in (Build(config, build.run, self.reporter, build.loaded), build):
             result = each.ks()
             found[f"{each.config.embed_lr:g}"] = {
-                "loss": each.patched_loss(each.embedding_patch(), each.held_out),
+                "loss": each.patched_loss(each.embedding_patch(), held_out),
                 "significant": {str(alpha): int((result.pvalue < alpha).sum()) for alpha in ALPHAS},
                 "largest": float(result.statistic.max()),
             }
         return found
 
     def certificates(self, build, patch):
-        """How far the patch, tuned alone or transferred, says what the tuned embedding says."""
+        """How far the patch, tuned alone or transferred, agrees with the tuned embedding."""
         transferred = self.transferred(build)
         made = {"tuned alone": patch, "transferred": transferred.patch_of(transferred.ticket())}
+        held_out = build.held_out.first(PAIRS)
         return {
-            mode: write(certify(build, each, build.held_out, max_new_tokens=NEW_TOKENS, part="held-out"))
+            mode: write(certify(build, each, held_out, max_new_tokens=NEW_TOKENS, part="held-out"))
             for mode, each in made.items()
         }
 
     def transferred(self, build):
-        config = dataclasses.replace(build.config, mode="transfer")
-        return Build(config, self.run, self.reporter, build.loaded)
+        return Build(dataclasses.replace(build.config, mode="transfer"), build.run, self.reporter, build.loaded)
+
+    def elsewhere(self, build, patch):
+        """The patch on texts of other domains than its own."""
+        language = build.config.language
+        own = next(domain for (domain, _), each in self.builds.items() if each is build)
+        texts = {
+            "udhr": build.encode(
+                read_pairs(str(self.folder / "udhr" / f"en-{language}.jsonl"), Columns("source", "target", "page")),
+                "test",
+            )
+        }
+        for domain in ("gnome", "quran"):
+            if domain != own and (domain, language) in self.builds:
+                texts[domain] = self.builds[domain, language].held_out.first(PAIRS)
+        return {domain: self.score(build, {"patch": {0: patch}}, held_out) for domain, held_out in texts.items()}
+
+    def harm(self, build, patch):
+        """Loss per token of text that is nobody's task: the Declaration in several languages, without any prompt."""
+        systems = {"base": None, "patch": patch, row_name("\n"): self.by_hand(build, "\n")}
+        texts = {"en": []}
+        for _, language in HELP:
+            pairs = read_pairs(str(self.folder / "udhr" / f"en-{language}.jsonl"), Columns())
+            texts[language] = [pair.target for pair in pairs]
+            texts["en"] = texts["en"] or [pair.source for pair in pairs]
+        found = {}
+        for language, lines in texts.items():
+            encoded = [build.tokenizer(line).input_ids for line in lines]
+            examples = [Example(ids[:1], ids[1:]) for ids in encoded]
+            found[language] = {}
+            for name, system in systems.items():
+                with attach(build.model) as handle:
+                    slot = 0 if system is None else handle.bank.add(slot_rows(system))
+                    with handle.serving(slot):
+                        losses, tokens = answer_losses(build.model, examples, handle=handle)
+                found[language][name] = sum(losses) / sum(tokens)
+        return found
 
     def results(self):
-        first = LANGUAGES[0]
-        each = ("main", "ticket", "transfer", "certificates")
-        return {
-            language: {part: self.once(language, part, getattr(self, part)) for part in each} for language in LANGUAGES
-        } | {part: self.once(first, part, getattr(self, part)) for part in ("sizes", "power", "places", "templates")}
+        of = {
+            "main": HELP, "verses": VERSES, "ticket": [*HELP, *VERSES], "transfer": HELP, "seeds": FEW,
+            "certificates": FEW, "elsewhere": [*HELP, *VERSES], "sizes": [FIRST], "power": [FIRST], "places": [FIRST],
+            "templates": [FIRST], "harm": [FIRST], "single": [FIRST],
+        }  # fmt: skip
+        return {part: {"-".join(which): self.once(which, part) for which in wanted} for part, wanted in of.items()}
 
     def seconds(self):
         return sum(json.loads(file.read_bytes())["seconds"] for file in (self.run / "parts").iterdir())
 
 
+def named(which: str) -> str:
+    """A build in words: "German", or "Russian, the Quran's verses"."""
+    domain, language = which.split("-")
+    return language_name(language) + ("" if domain == "gnome" else f", {DOMAINS[domain]}")
+
+
 def figures_table(rows: list[tuple[str, SystemScores]], first: str = "") -> str:
-    head = (first, "rows", *(label for label, _, _ in METRICS.values()))
+    shown = [metric for metric in COLUMNS if any(metric in system.figures for _, system in rows)]
+    head = (first, "rows", *(METRICS[metric][0] for metric in shown))
     lines = [
-        (
-            name,
-            system.size,
-            *(with_interval(metric, system.figures[metric]) for metric in METRICS),
-        )
+        (name, system.size, *(with_interval(metric, system.figures.get(metric)) for metric in shown))
         for name, system in rows
     ]
     return markdown_table(head, lines)
+
+
+def leads_table(evaluation: Evaluation) -> str:
+    """The patch minus each system, and where each system's gain comes from."""
+    lines = [
+        (
+            system.label,
+            against("loss", system.figures["loss"]),
+            against("chrf_first_line", system.figures["chrf_first_line"]),
+            *(difference("chrf", part) for part in (system.split.raw, system.split.content, system.split.stopping)),
+        )
+        for system in evaluation.ordered
+        if system.split is not None
+    ]
+    head = ("", "patch minus it: loss", "chrF++ first line", "its gain in chrF++ raw", "content", "stopping")
+    return markdown_table(head, lines)
+
+
+def tokens_of(tokens: list[str]) -> str:
+    return " ".join(f"`{json.dumps(token, ensure_ascii=False)}`" for token in tokens)
 
 
 def damping_table(results: dict) -> str:
@@ -208,7 +325,7 @@ def damping_table(results: dict) -> str:
     lines = [
         ("on" if each["damp_rare"] else "off", each["rate"], each["significant"], f"{each['largest']:.3f}",
          f"{each['frequent']} of {rows}", f"{each['count']:g}", f"{each['embedding']:.3f}", f"{each['patch']:.3f}",
-         " ".join(f"`{json.dumps(token, ensure_ascii=False)}`" for token in each["tokens"][:10]))
+         tokens_of(each["tokens"][:10]))
         for each in results["builds"]
     ]  # fmt: skip
     head = ("`--damp-rare`", "learning rate", "rows with p < 0.05", "largest D", f"among the {rows} most frequent",
@@ -221,64 +338,79 @@ def damping_table(results: dict) -> str:
     return f"{said}\n\n{markdown_table(head, lines)}"
 
 
+def evaluations_of(parts: dict, part: str) -> dict[str, Evaluation]:
+    return {which: read(Evaluation, value) for which, value in parts[part].items()}
+
+
+def patch_of(evaluation: Evaluation) -> SystemScores:
+    return next(system for system in evaluation.systems if system.name == "patch")
+
+
 def tables(results: dict, damping: dict) -> dict[str, str]:
     """Every generated part of the document, by name."""
     found = {"damping": damping_table(damping)}
-    per_language = {language: results["parts"][language] for language in results["languages"]}
-    evaluations = {language: read(Evaluation, parts["main"]) for language, parts in per_language.items()}
+    parts, config = results["parts"], results["config"]
+    main, tickets = evaluations_of(parts, "main"), parts["ticket"]
+    first = next(iter(main.values()))
     found["setting"] = (
-        f"{', '.join(map(language_name, per_language))}; {next(iter(evaluations.values())).pairs} held-out pairs each; "
-        f"{ROWS} rows; "
-        f"{results['config']['embed_steps']} steps of embedding tuning and {results['config']['steps']} of "
-        f"partial tuning, batch {results['config']['batch_size']}, learning rates {results['config']['embed_lr']} and "
-        f"{results['config']['lr']} standard deviations of the table; {results['seeds']} training seeds; greedy, at "
-        f"most {NEW_TOKENS} new tokens. Machine: {results['machine']['cpu']}, {results['machine']['cores']} cores. "
-        f"Training and generation took {results['seconds'] / 60:.0f} minutes.\n\n"
-        + "\n".join(f"- {name}: `{value}`" for name, value in next(iter(evaluations.values())).signatures.items())
-        + "".join(f"\n- {note}" for note in next(iter(evaluations.values())).notes)
+        f"{first.pairs} held-out sentences of {first.documents} pages ({', '.join(map(named, main))}); {ROWS} rows; "
+        f"{config['embed_steps']} steps of embedding tuning and {config['steps']} of partial tuning, batch "
+        f"{config['batch_size']}, learning rates {config['embed_lr']} and {config['lr']} standard deviations of the "
+        f"table; greedy, at most {NEW_TOKENS} new tokens. Machine: {results['machine']['cpu']}, "
+        f"{results['machine']['cores']} cores. Training, generation and scoring took {results['seconds'] / 60:.0f} "
+        "minutes.\n\n"
+        + "\n".join(f"- {name}: `{value}`" for name, value in first.signatures.items())
+        + "".join(f"\n- {note}" for note in first.notes)
     )
-    parts = []
-    for language, evaluation in evaluations.items():
-        rows = [(system.label, system) for system in evaluation.ordered]
-        parts.append(f"### {language_name(language)}\n\n{figures_table(rows)}")
-    found["main"] = "\n\n".join(parts)
+    for part in ("main", "verses"):
+        found[part] = "\n\n".join(
+            f"### {named(which)}\n\n{figures_table([(system.label, system) for system in evaluation.ordered])}\n\n"
+            f"{leads_table(evaluation)}"
+            for which, evaluation in evaluations_of(parts, part).items()
+        )
+    seeds = evaluations_of(parts, "seeds")
     found["seeds"] = markdown_table(
-        ("held-out loss", *(system.label for system in next(iter(evaluations.values())).ordered)),
+        ("held-out loss", *(system.label for system in next(iter(seeds.values())).ordered)),
         [
-            (language_name(language), *(
+            (named(which), *(
                 " / ".join(f"{value:.3f}" for value in system.figures["loss"].per_seed)
                 for system in evaluation.ordered
             ))
-            for language, evaluation in evaluations.items()
+            for which, evaluation in seeds.items()
         ],
     )  # fmt: skip
+    head, cells = occurrence_table(first)
+    found["occurrences"] = markdown_table(
+        ("row", *head), [(tokens_of([row.token]), *cells[row.token_id]) for row in first.occurrences]
+    )
+    found["single"] = markdown_table(
+        ("row alone", "dev loss"),
+        [
+            (tokens_of([each["token"]]), f"{each['loss']:.3f}")
+            for each in sorted(next(iter(parts["single"].values())), key=lambda each: each["loss"])
+        ],
+    )
     found["transfer"] = figures_table(
         [
-            (f"{language_name(language)}, {what}", next(s for s in evaluation.systems if s.name == "patch"))
-            for language, parts in per_language.items()
-            for what, evaluation in (
-                ("tuned alone, all seeds", evaluations[language]),
-                ("transferred", read(Evaluation, parts["transfer"])),
-            )
+            (f"{named(which)}, {what}", patch_of(evaluation))
+            for which, transferred in evaluations_of(parts, "transfer").items()
+            for what, evaluation in (("tuned alone", main[which]), ("transferred", transferred))
         ]
     )
-    tickets = {language: parts["ticket"] for language, parts in per_language.items()}
     sizes_of = sorted(next(iter(tickets.values()))["frequent"], key=int)
     found["ticket"] = markdown_table(
-        ("", "tokens seen", "largest D", "rank correlation of D and frequency",
-         *(f"of its top {k}, among the {k} most frequent" for k in sizes_of),
-         "its first tokens by D"),
+        ("", "tokens seen", "largest D", "rows with p < 0.05", "rank correlation of D and frequency",
+         *(f"of its top {k}, among the {k} most frequent" for k in sizes_of), "its tokens by D"),
         [
-            (language_name(language), f"{t['seen']:,}", f"{t['largest']:.3f}", f"{t['spearman']:.2f}",
-             *(t["frequent"][k] for k in sizes_of),
-             " ".join(f"`{json.dumps(token, ensure_ascii=False)}`" for token in t["tokens"]))
-            for language, t in tickets.items()
+            (named(which), f"{t['seen']:,}", f"{t['largest']:.3f}", t["significant"], f"{t['spearman']:.2f}",
+             *(t["frequent"][k] for k in sizes_of), tokens_of(t["tokens"]))
+            for which, t in tickets.items()
         ],
     )  # fmt: skip
     found["overlap"] = markdown_table(
-        (f"shared among the first {ROWS}", *map(language_name, tickets)),
+        (f"shared among the first {ROWS}", *map(named, tickets)),
         [
-            (language_name(a), *(
+            (named(a), *(
                 "" if a == b
                 else f"{len(set(tickets[a]['top']) & set(tickets[b]['top']))} "
                 f"({len(set(tickets[a]['most_frequent']) & set(tickets[b]['most_frequent']))})"
@@ -287,22 +419,22 @@ def tables(results: dict, damping: dict) -> dict[str, str]:
             for a in tickets
         ],
     )  # fmt: skip
-    sizes = results["parts"]["sizes"]
     found["certificates"] = markdown_table(
         ("", "bit-equal inputs", "same next token", "same output", "margin above 2 tau", "of these, changed"),
         [
             (
-                f"{language_name(language)}, {mode}",
+                f"{named(which)}, {mode}",
                 f"{c.exact} of {c.pairs}",
                 *(f"{bound.share:.0%}, at least {at_least(bound.lower)}" for bound in (c.next_token, c.continuation)),
                 f"{c.margin.certified} of {c.margin.examples}",
                 c.margin.violations,
             )
-            for language, parts in per_language.items()
-            for mode, value in parts["certificates"].items()
+            for which, modes in parts["certificates"].items()
+            for mode, value in modes.items()
             for c in (read(Certificate, value),)
         ],
     )
+    sizes, power = (next(iter(parts[part].values())) for part in ("sizes", "power"))
     found["alpha"] = markdown_table(
         ("alpha", *sizes["significant"]), [("rows with p < alpha", *sizes["significant"].values())]
     )
@@ -317,19 +449,36 @@ def tables(results: dict, damping: dict) -> dict[str, str]:
         ("learning rate", "held-out loss of the tuned embedding", "largest D", *(f"p < {alpha}" for alpha in ALPHAS)),
         [
             (rate, f"{tuned['loss']:.3f}", f"{tuned['largest']:.3f}", *tuned["significant"].values())
-            for rate, tuned in results["parts"]["power"].items()
+            for rate, tuned in power.items()
         ],
     )
-    systems = [read(SystemScores, system) for system in results["parts"]["places"]]
+    systems = [read(SystemScores, system) for system in next(iter(parts["places"].values()))]
     found["places"] = figures_table([(system.name, system) for system in systems], "rows act on")
     found["templates"] = figures_table(
         [
             (f"{name}: {system.label}", system)
-            for name, evaluation in results["parts"]["templates"].items()
+            for name, evaluation in next(iter(parts["templates"].values())).items()
             for system in read(Evaluation, evaluation).systems
         ],
         "prompt",
     )
+    found["elsewhere"] = figures_table(
+        [
+            (f"{named(which)}, on {DOMAINS[domain]}: {system.label}", system)
+            for which, domains in parts["elsewhere"].items()
+            for domain, evaluation in domains.items()
+            for system in read(Evaluation, evaluation).systems
+        ],
+        "patch",
+    )
+    harm = next(iter(parts["harm"].values()))
+    found["harm"] = markdown_table(
+        ("loss per token", *map(language_name, harm)),
+        [
+            (name, *(f"{losses[name]:.3f}" for losses in harm.values()))
+            for name in next(iter(harm.values()))
+        ],
+    )  # fmt: skip
     return found
 
 
@@ -353,11 +502,8 @@ def main(folder: Path, only_tables: bool) -> None:
         with RichReporter(console) as reporter:
             study = Study(folder, reporter)
             parts = study.results()
-            config = dataclasses.asdict(study.builds[LANGUAGES[0]].config) | {"base": "smollm2", "pairs": "en-*.jsonl"}
-        results = {
-            "machine": machine(), "seconds": study.seconds(), "languages": LANGUAGES, "seeds": SEEDS, "config": config,
-            "parts": parts,
-        }  # fmt: skip
+            config = dataclasses.asdict(study.builds[FIRST].config) | {"base": "gemma3", "pairs": "*/en-*.jsonl"}
+        results = {"machine": machine(), "seconds": study.seconds(), "config": config, "parts": parts}
         write_atomically(RESULTS, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
     parts = tables(json.loads(RESULTS.read_bytes()), json.loads(DAMPING.read_bytes()))
     filled = fill(DOCUMENT.read_text(encoding="utf-8"), parts)

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    base = str(Path(sys.argv[1] if len(sys.argv) > 1 else ".demo") / "smollm2")
+    base = str(Path(sys.argv[1] if len(sys.argv) > 1 else ".demo") / "gemma3")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     config = TrainableTokensConfig(token_indices=[504, 3575, 282], target_modules=["embed_tokens"])
     peft = get_peft_model(model, config)

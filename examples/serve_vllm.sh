@@ -6,25 +6,25 @@ set -euo pipefail
 folder=${1:-.demo}
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 
-ksl-patch serve "$folder/smollm2" --patch "es=$folder/es.safetensors" --patch "fr=$folder/fr.safetensors" \
+ksl-patch serve "$folder/gemma3" --patch "de=$folder/de.safetensors" --patch "ru=$folder/ru.safetensors" \
   --apply-template --max-model-len 512 --port 8000 &
 trap 'kill %1' EXIT
 until curl -sf localhost:8000/health; do sleep 1; done
 
-for language in es fr; do
+for language in de ru; do
   curl -s localhost:8000/v1/completions -H 'Content-Type: application/json' \
-    -d "{\"model\": \"$language\", \"prompt\": \"Peace be upon you for what you patiently endured.\", \"max_tokens\": 32, \"temperature\": 0}"
+    -d "{\"model\": \"$language\", \"prompt\": \"Click the network icon and choose your wireless network.\", \"max_tokens\": 32, \"temperature\": 0}"
   echo
 done
 
-python - "$folder/smollm2" <<'PYTHON'
+python - "$folder/gemma3" <<'PYTHON'
 import sys
 
 from openai import OpenAI
 
 client = OpenAI(base_url="http://localhost:8000/v1", api_key="EMPTY")
 print([model.id for model in client.models.list()])
-for model in ("es", "fr", sys.argv[1]):
+for model in ("de", "ru", sys.argv[1]):
     answer = client.completions.create(model=model, prompt="The capital of France is", max_tokens=16, temperature=0)
     print(model, "|", answer.choices[0].text.strip().splitlines()[:1])
 PYTHON

@@ -1,4 +1,4 @@
-"""What can be said of a patch against the fully tuned embedding: counted, bounded, and guessed, never mixed.
+"""How far a patch agrees with the fully tuned embedding: counted, bounded, and guessed, never mixed.
 
 The mathematics and the assumptions are here; `train/agreement.py` gets the model's answers.
 """
@@ -16,14 +16,19 @@ from ksl_patch.errors import RunError
 from ksl_patch.evidence import Bound, Certificate, Margin
 from ksl_patch.patch import Patch
 
+# What a certificate is, as the paper's Theorem 2 is.
+MEANING = (
+    "A certificate is of agreement with the tuned embedding, not of quality: where that is wrong, the patch agrees "
+    "with what is wrong. How good the two are is what `ksl-patch eval` measures."
+)
 ASSUMPTIONS = {
     "exact": "Counted on these inputs, not estimated. Every token of the input has the same row, bit for bit, under "
     "the patch and in the tuned table, so the next token's logits are the same too. It says nothing of other inputs, "
     "nor of what follows once the model has written a token whose row is another one.",
-    "statistical": "With probability at least 1 - delta over the draw of the examples, the share in the whole text "
-    "that they are drawn from is at least the bound (Clopper and Pearson 1934, one-sided); each of the two bounds by "
-    "itself. The examples must be independent draws from the text that the patch will meet, and none of them may have "
-    "trained a row or chosen the ticket. Another domain, another prompt or sampled decoding is not covered.",
+    "statistical": "With probability at least 1 - delta over the draw of the examples, the share that agrees in the "
+    "whole text that they are drawn from is at least the bound (Clopper and Pearson 1934, one-sided); each of the two "
+    "bounds by itself. The examples must be independent draws from the text that the patch will meet, and none of them "
+    "may have trained a row or chosen the ticket. Another domain, another prompt or sampled decoding is not covered.",
     "margin": "A heuristic after KS-Lottery, no certificate: it takes rows to be independent, the prediction to be a "
     "function of their values' distributions alone, and its change to be no larger than their KS distances, none of "
     "which a transformer gives. Read the measured violations beside it.",
@@ -116,17 +121,17 @@ def statements(certificate: Certificate) -> list[tuple[str, str, str]]:
     level = f"at least {{}} with confidence {(100 - 100 * Decimal(str(c.delta))).normalize():f}%"
     return [
         (
-            "Exact: bit-equal on the whole input",
+            "Exact: bit-equal to the tuned embedding on the whole input",
             f"{c.exact} of {c.pairs} inputs",
             ASSUMPTIONS["exact"],
         ),
         (
-            "Same greedy next token",
+            "Same greedy next token as the tuned embedding",
             f"{c.next_token.agreements} of {c.next_token.examples}; {level.format(at_least(c.next_token.lower))}",
             ASSUMPTIONS["statistical"],
         ),
         (
-            f"Same greedy output, up to {c.max_new_tokens} tokens",
+            f"Same greedy output as the tuned embedding, up to {c.max_new_tokens} tokens",
             f"{c.continuation.agreements} of {c.continuation.examples}; {level.format(at_least(c.continuation.lower))}",
             "As above.",
         ),

@@ -26,6 +26,7 @@ METRICS: dict[str, tuple[str, str, bool | None]] = {
     "bleu": ("BLEU raw", ".1f", True),
     "bleu_first_line": ("BLEU first line", ".1f", True),
     "stop_rate": ("stops by itself", ".1%", True),
+    "in_language": ("in the target language", ".1%", True),
     "characters": ("mean characters", ".0f", None),
 }
 # The systems in the order of the tables, and what each is.
@@ -36,6 +37,7 @@ SYSTEMS = {
     "frequency": "most frequent rows",
     "l2": "largest L2 change",
     "random": "random rows",
+    "single": "best single row",
     "noise": "random change, same norms",
 }
 CONTROLS = ("frequency", "l2", "random", "noise")
@@ -44,16 +46,30 @@ P_RANKS = (
     "ranks the rows and is no calibrated probability: values before and after are paired, and the test takes them to "
     "be independent"
 )
+_NAMED = 24  # rows in a sentence; tables have all of them
 PARTS = {"dev": "dev", "held-out": "held-out", "given": "test"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A difference of two systems on the same pairs, and its paired bootstrap interval over them."""
+    """A difference of two systems on the same pairs, and its paired bootstrap interval over them, where it has one."""
 
     value: Number
-    low: Number
-    high: Number
+    low: Number | None = None
+    high: Number | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Where a system's gain over the base in chrF++ comes from: raw = content + stopping.
+
+    raw: the gain of the whole output. content: that of its first line. stopping: the rest, which is what follows the
+    first line, and what it costs less than the base's.
+    """
+
+    raw: Difference
+    content: Difference
+    stopping: Difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +91,16 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class SystemScores:
-    """What one system got. rows: how many it changes, one number for each training seed."""
+    """What one system got. rows: how many it changes, one number for each training seed.
+
+    split: of its gain, None for the base and in files of before.
+    """
 
     name: str
     rows: list[int]
     seeds: list[int]
     figures: dict[str, Figure]
+    split: Split | None = None
 
     @property
     def label(self) -> str:
@@ -104,6 +124,23 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Occurrence:
+    """How often a row of the patch is read in the pairs that were measured: in their prompts and reference answers.
+
+    prompt: instruction and source together; the two are None where the tokenizer does not tell them apart. share: of
+    the pairs whose prompt has it.
+    """
+
+    token_id: int
+    token: str | None
+    instruction: int | None
+    source: int | None
+    prompt: int
+    answer: int
+    share: Share
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Figures on pairs that trained nothing. A build writes the loss on its dev pairs, `ksl-patch eval` everything.
 
@@ -111,6 +148,7 @@ class Evaluation:
     signatures: sacrebleu's, by metric. notes: what a reader must know to read the figures.
     part: "dev" for the pairs that choices are made on, "held-out" for the others that the build set aside, "given" for
     another file's. documents: how many the intervals resample; None where pairs have none, and sentences are resampled.
+    occurrences: of each row of the patch; None in files of before.
     """
 
     pairs: int
@@ -126,6 +164,7 @@ class Evaluation:
     samples: list[Sample] = field(default_factory=list)
     part: str | None = None
     documents: int | None = None
+    occurrences: list[Occurrence] | None = None
 
     @property
     def what(self) -> str:
@@ -137,6 +176,12 @@ class Evaluation:
         """The systems in the order of `SYSTEMS`, others behind them."""
         order = {name: place for place, name in enumerate(SYSTEMS)}
         return sorted(self.systems, key=lambda system: order.get(system.name, len(order)))
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """The metrics that a system has, in the order of `METRICS`, and what they are called."""
+        has = {name for system in self.systems for name in system.figures}
+        return {name: label for name, (label, _, _) in METRICS.items() if name in has}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,16 +287,58 @@ def from_base(metric: str, figure: Figure) -> str:
     """The difference of a figure from the base, and its interval in brackets; empty for the base."""
     if figure.difference is None:
         return ""
-    between = "" if figure.low is None else f" ({signed(metric, figure.low)} to {signed(metric, figure.high or 0)})"
-    return signed(metric, figure.difference) + between
+    return difference(metric, Difference(value=figure.difference, low=figure.low, high=figure.high))
+
+
+def difference(metric: str, found: Difference) -> str:
+    """A difference with its sign, and its interval in brackets where it has one."""
+    between = "" if found.low is None else f" ({signed(metric, found.low)} to {signed(metric, found.high or 0)})"
+    return signed(metric, found.value) + between
 
 
 def against(metric: str, figure: Figure | None) -> str:
     """The patch's value minus this system's, and its interval in brackets; empty where there is none."""
     if figure is None or figure.patch_minus is None:
         return ""
-    lead = figure.patch_minus
-    return f"{signed(metric, lead.value)} ({signed(metric, lead.low)} to {signed(metric, lead.high)})"
+    return difference(metric, figure.patch_minus)
+
+
+def where_from(evaluation: Evaluation) -> str:
+    """In a sentence, how much of the patch's gain in chrF++ is content and how much stopping; empty where unknown."""
+    split = next((system.split for system in evaluation.systems if system.name == "patch"), None)
+    if split is None:
+        return ""
+    raw, content, stopping = (difference("chrf", part) for part in (split.raw, split.content, split.stopping))
+    return (
+        f"Of the patch's {raw} chrF++ raw, {content} are content (the first line) and {stopping} stopping (what "
+        "follows the first line)."
+    )
+
+
+def which_occur(evaluation: Evaluation) -> str:
+    """In a sentence, which rows of the patch occur in no prompt that was measured; empty where unknown."""
+    rows = evaluation.occurrences
+    if not rows:
+        return ""
+    absent = [repr(row.token) if row.token is not None else str(row.token_id) for row in rows if not row.prompt]
+    if not absent:
+        return f"Each row occurs in at least one of the {evaluation.pairs} prompts."
+    more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
+    occur = "occurs" if len(absent) == 1 else "occur"
+    return (
+        f"{len(absent)} of {len(rows)} rows {occur} in none of the {evaluation.pairs} prompts: "
+        f"{', '.join(absent[:_NAMED])}{more}, and cannot have helped there."
+    )
+
+
+def occurrence_table(evaluation: Evaluation | None) -> tuple[list[str], dict[int, list[str]]]:
+    """What is said of rows' occurrences: the columns' names, and the cells by token id; empty where unknown."""
+    rows = (evaluation and evaluation.occurrences) or []
+    if not rows:
+        return [], {}
+    parts = ["prompt", "answer"] if any(row.source is None for row in rows) else ["instruction", "source", "answer"]
+    cells = {row.token_id: [*(str(getattr(row, part)) for part in parts), f"{row.share:.0%}"] for row in rows}
+    return [*parts, "of prompts"], cells
 
 
 def of_seeds(metric: str, figure: Figure | None) -> str:

@@ -138,8 +138,8 @@ def pairs_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def smollm2():
-    """The folder of the real SmolLM2-135M-Instruct."""
-    folder = DEMO / "smollm2"
+def gemma():
+    """The folder of the real Gemma 3 270M."""
+    folder = DEMO / "gemma3"
     assert (folder / "config.json").is_file(), f"no model in {folder}: run `make model`, or leave out `-m real`"
     return folder

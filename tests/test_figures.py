@@ -564,7 +564,7 @@ def test_choices_are_made_on_dev_pairs_and_figures_count_their_uses(config, tmp_
     assert code == 0, err
     text = " ".join(out.split())
     assert "No other patch of this run folder was measured on any of these pairs" in text
-    assert "These are 21 intervals of 95 %" in text
+    assert "These are 26 intervals of 95 %" in text
     assert "It replaces the evaluation on 16 dev pairs." in text
     # Held-out figures are not replaced by those of pairs that chose.
     code, _, err = run_cli("eval", path, *arguments, "--part", "dev")
@@ -889,10 +889,11 @@ def test_scope_prompt_trains_what_it_serves(config, tmp_path):
     assert not torch.equal(patch.rows, everywhere.rows)
     # The loss that training sees is the one that is measured, and not that of rows which act everywhere.
     from ksl_patch.overlay import training
-    from ksl_patch.train.data import collate
+    from ksl_patch.train.data import IGNORED, collate
 
     batch = collate(made.dev.examples[:4], pad=0)
-    with training(made.model, slot_rows(patch)), torch.no_grad():
+    with training(made.model, slot_rows(patch)) as rows, torch.no_grad():
+        rows.prompt = batch["labels"] == IGNORED
         trained = float(made.model(**batch).loss)
     with attach(made.model) as handle, handle.serving(handle.bank.add(slot_rows(patch))):
         measured = token_loss(made.model, made.dev.examples[:4], handle=handle)

@@ -367,13 +367,13 @@ def test_what_cannot_be_served_is_refused_in_a_sentence_and_the_engine_goes_on(e
 
 
 @pytest.mark.real
-def test_the_real_model_s_patches_in_a_mixed_batch(smollm2):
-    """SmolLM2 in float32, prompts as text: the tokens of transformers models whose rows were overwritten."""
+def test_the_real_model_s_patches_in_a_mixed_batch(gemma):
+    """Gemma 3 270M in float32, prompts as text: the tokens of transformers models whose rows were overwritten."""
     from ksl_patch.hf import load_base
 
-    model, tokenizer = load_base(str(smollm2), dtype=torch.float32)
+    model, tokenizer = load_base(str(gemma), dtype=torch.float32)
     texts = [
-        "Translate from English to Spanish.\nEnglish: The book is on the table.\nSpanish:",
+        "Translate from English to German.\nEnglish: The book is on the table.\nGerman:",
         "The capital of France is",
         "Once upon a time there was a small cat that",
         "One, two, three, four,",
@@ -386,7 +386,7 @@ def test_the_real_model_s_patches_in_a_mixed_batch(smollm2):
         rows = table[ids] + 0.3 * table.std() * torch.randn(len(ids), table.shape[1], generator=g)
         patches[name] = Patch.from_model(model, ids, rows, name=name, tokenizer=tokenizer)
     plain = {None: model} | {name: overwritten(model, patch) for name, patch in patches.items()}
-    llm = start(str(smollm2), lora_target_modules=["embed_tokens"], enforce_eager=True)
+    llm = start(str(gemma), lora_target_modules=["embed_tokens"], enforce_eager=True)
     check_mixed(llm, patches, plain, [tokenizer(text).input_ids for text in texts], 40)
 
 

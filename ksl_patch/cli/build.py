@@ -70,9 +70,10 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
 @click.option("--system", metavar="TEXT", help="System prompt of the chat template; it may have {NAME} too.")
 @click.option(
     "--selection",
-    type=click.Choice(["ks", "frequency", "l2", "random"]),
+    type=click.Choice(["ks", "frequency", "l2", "random", "single"]),
     default="ks",
-    help="How the rows are chosen; the last three need --top-k.",
+    help="How the rows are chosen; frequency, l2 and random need --top-k. single is one row: of the template's tokens, "
+    "each trained alone, the one with the lowest loss on the dev pairs.",
 )
 @click.option(
     "--rows",
@@ -165,7 +166,9 @@ def build(output: Path, force: bool, run: Path | None, as_json: bool, **options:
         raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name.")
     if not output.parent.is_dir():
         raise click.UsageError(f"the folder {output.parent} does not exist.")
-    if options["selection"] != "ks" and options["top_k"] is None:
+    if options["selection"] == "single" and (options["alpha"], options["top_k"]) != (None, None):
+        raise click.UsageError("--selection single takes one row: leave out --alpha and --top-k.")
+    if options["selection"] not in ("ks", "single") and options["top_k"] is None:
         raise click.UsageError(
             f"--selection {options['selection']} needs --top-k: nothing else says how many rows to take."
         )

@@ -1,4 +1,4 @@
-"""`ksl-patch certify`: how far a patch says what the fully tuned embedding says."""
+"""`ksl-patch certify`: how far a patch agrees with the fully tuned embedding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def certify(
     reference: str, delta: float, alpha: float | None, max_new_tokens: int | None, output: Path | None, as_json: bool,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Compare a patch with the fully tuned embedding of its build, on held-out pairs.
+    """Certify how far a patch agrees with the fully tuned embedding of its build, on held-out pairs.
+
+    That is no certificate of quality: the tuned embedding may be wrong, and `eval` measures how good the two are.
 
     Three statements, each with its assumptions: inputs on which the two are bit-equal, counted; the share of next
     tokens and of whole greedy outputs on which they agree, with a lower bound; and the paper's KS margin, a heuristic,
@@ -62,8 +64,11 @@ def certify(
         return
     from rich.console import Console
 
+    from ksl_patch.certify import MEANING
+
     console = Console(width=None if Console().is_terminal else 120)
     console.print(table(result))
+    console.print(MEANING, markup=False, highlight=False)
     for note in result.notes:
         console.print(f"Note: {note}", markup=False, highlight=False)
     if it.target is not None:
@@ -78,7 +83,7 @@ def table(certificate: Certificate) -> Table:
     from ksl_patch.certify import statements
 
     result = Table(
-        title=f"Against the tuned embedding, on {certificate.what}",
+        title=f"Agreement with the tuned embedding, on {certificate.what}",
         title_justify="left",
         show_lines=True,
     )

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     "--controls",
     default="all",
     metavar="LIST",
-    help="all, none, or some of frequency,l2,random,noise; what is not trained yet is trained.",
+    help="all (which is frequency,l2,random,noise), none, or some of these and single, the best row of the template's: "
+    "it trains a patch for each of the template's tokens. What is not trained yet is trained.",
 )
 @click.option(
     "--seeds",
@@ -40,20 +41,21 @@ def eval(
 
     Controls have as many rows as the patch: the most frequent tokens, those that moved farthest, random ones, and the
     patch's own rows moved as far in a random direction. Each gets chrF++ and BLEU of the raw output and of its first
-    line, the share of outputs that end by themselves, their length, and the loss per target token, with paired
-    bootstrap intervals of the difference from the base and of the patch's lead over it, over the held-out text. The
-    result goes into the patch's metadata.
+    line, the share of outputs that end by themselves and of those in the target language, their length, and the loss
+    per target token, with paired bootstrap intervals of the difference from the base and of the patch's lead over it,
+    over the held-out text. The patch's gain in chrF++ is split into content and stopping. The result goes into the
+    patch's metadata.
 
     The figures are of the pairs that the build held out. Choose between builds on its dev pairs, with --part dev.
 
     Everything trained and generated stays in the run folder: an evaluation that was cut off continues.
     """
-    from ksl_patch.evidence import CONTROLS, SYSTEMS, Evaluation, write
+    from ksl_patch.evidence import CONTROLS, SYSTEMS, Evaluation, where_from, which_occur, write
 
     chosen = {"all": CONTROLS, "none": ()}.get(controls, tuple(part.strip() for part in controls.split(",")))
-    if unknown := set(chosen) - set(CONTROLS):
+    if unknown := set(chosen) - {*CONTROLS, "single"}:
         raise click.UsageError(
-            f"there is no control {sorted(unknown)[0]!r}: all, none, or some of {','.join(CONTROLS)}."
+            f"there is no control {sorted(unknown)[0]!r}: all, none, or some of {','.join(CONTROLS)},single."
         )
     with subject(reference, output=output, needs_build=False, **options) as it:
         from ksl_patch.train.compare import evaluate, make_systems
@@ -72,6 +74,7 @@ def eval(
         result = evaluate(
             it.model, it.tokenizer, it.held_out, systems, it.reporter, max_new_tokens=max_new_tokens,
             cache=it.build.outputs if it.build else None, part=it.part, uses=it.count_use(),
+            source_language=it.build.config.source_language if it.build else "en",
         )  # fmt: skip
         it.save(evaluation=write(result))
     if as_json:
@@ -81,6 +84,8 @@ def eval(
 
     console = Console(width=None if Console().is_terminal else 140)
     console.print(table(result, console.width))
+    for sentence in (where_from(result), which_occur(result)):
+        console.print(sentence, markup=False, highlight=False)
     for note in result.notes:
         console.print(f"Note: {note}", markup=False, highlight=False)
     if it.target is not None:
@@ -96,7 +101,7 @@ def table(evaluation: Evaluation, width: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from ksl_patch.evidence import METRICS, against, from_base, of_seeds, show
+    from ksl_patch.evidence import against, from_base, of_seeds, show
 
     level = f"{evaluation.confidence or 0:.0%} interval"
     seeds = max((len(system.seeds) for system in evaluation.systems), default=1)
@@ -107,10 +112,12 @@ def table(evaluation: Evaluation, width: int) -> Table:
     for name in ("value", "minus the base", "patch minus it"):
         result.add_column(name, justify="right", overflow="fold")
     for system in evaluation.ordered:
-        rows = f", {system.size} rows" if system.size else ""
+        rows = f", {system.size} row{'' if system.size == '1' else 's'}" if system.size else ""
         result.add_row(Text(f"{system.label}{rows}", style="bold"))
-        for metric, (label, _, _) in METRICS.items():
-            figure = system.figures[metric]
+        for metric, label in evaluation.metrics.items():
+            figure = system.figures.get(metric)
+            if figure is None:
+                continue
             value = "\n".join(filter(None, (show(metric, figure.value), of_seeds(metric, figure))))
             both = from_base(metric, figure), against(metric, figure)
             result.add_row(f" {label}", value, *(text if width >= 100 else text.replace(" (", "\n(") for text in both))

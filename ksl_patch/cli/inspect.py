@@ -39,7 +39,8 @@ def _print(patch: Patch, size: int, limit: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ksl_patch.evidence import P_RANKS, in_words
+    from ksl_patch.errors import PatchError
+    from ksl_patch.evidence import P_RANKS, Evaluation, in_words, occurrence_table, read, which_occur
 
     meta, base = patch.meta, patch.meta.base
     console = Console()
@@ -77,9 +78,14 @@ def _print(patch: Patch, size: int, limit: int) -> None:
     fact("created", meta.created)
     console.print(facts)
 
+    try:
+        evaluation = read(Evaluation, meta.evaluation)
+    except PatchError:  # another tool's
+        evaluation = None
+    counted, occur = occurrence_table(evaluation)
     rows = sorted(patch.row_facts(), key=lambda row: -(row["statistic"] or 0))
     table = Table(box=None, pad_edge=False)
-    for name in ("id", "token", "D", "p", "|base|", "|change|"):
+    for name in ("id", "token", "D", "p", "|base|", "|change|", *counted):
         table.add_column(name, justify="left" if name == "token" else "right")
     for row in rows[:limit]:
         table.add_row(
@@ -91,8 +97,12 @@ def _print(patch: Patch, size: int, limit: int) -> None:
             ),
             f"{row['base_norm']:.3f}",
             f"{row['change_norm']:.3f}",
+            *occur.get(row["token_id"], ()),
         )
     console.print(table)
+    if evaluation is not None and counted:
+        where = f"{', '.join(counted[:-1])}: how often the token is read there in the {evaluation.what}. "
+        console.print(where + which_occur(evaluation), markup=False, highlight=False)
     if meta.ticket and meta.ticket.pvalue:
         console.print(f"p {P_RANKS}.", highlight=False)
     if len(rows) > limit:

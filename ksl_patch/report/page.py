@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ksl_patch import __version__
-from ksl_patch.certify import statements
+from ksl_patch.certify import MEANING, statements
 from ksl_patch.errors import RunError
 from ksl_patch.evidence import (
     METRICS,
@@ -23,9 +23,12 @@ from ksl_patch.evidence import (
     against,
     from_base,
     interval,
+    occurrence_table,
     of_seeds,
     read,
     show,
+    where_from,
+    which_occur,
 )
 from ksl_patch.kstest import critical_statistic
 from ksl_patch.patch import Patch, write_atomically
@@ -35,7 +38,7 @@ from ksl_patch.train.record import read_record, read_tests
 _HISTOGRAMS = 6
 _ROWS = 24
 _KINDS = {"patch": "patch", "embedding": "reference"}  # of a dot; all others are controls
-_PLOTTED = ("loss", "chrf_first_line", "chrf", "bleu_first_line", "stop_rate", "characters")
+_PLOTTED = ("loss", "chrf_first_line", "chrf", "bleu_first_line", "stop_rate", "in_language", "characters")
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,16 @@ def _section(name: str, patch: Patch, tested: AllRows | None) -> dict[str, Any]:
     evaluation, certificate = read(Evaluation, meta.evaluation), read(Certificate, meta.certificate)
     systems = evaluation.ordered if evaluation else []
     # Largest D first, or, where there was no test, what moved farthest.
+    counted, occur = occurrence_table(evaluation)
     rows = sorted(enumerate(patch.row_facts()), key=lambda row: -(row[1]["statistic"] or row[1]["change_norm"]))
     return {
         "id": name,
         "name": meta.name,
         "facts": _facts(patch),
         "headline": _headline(evaluation),
-        "tokens": _tokens(rows),
+        "tokens": _tokens(rows, occur),
+        "counted": counted,
+        "which_occur": which_occur(evaluation) if evaluation else "",
         "shown": _ROWS,
         "ticket": meta.ticket,
         "retuned": bool(meta.ticket and meta.ticket.statistic and meta.training and meta.training.mode == "partial"),
@@ -102,12 +108,13 @@ def _section(name: str, patch: Patch, tested: AllRows | None) -> dict[str, Any]:
         "evaluation": evaluation,
         "figures": [
             (label, [_cell(system.figures.get(metric), metric) for system in systems])
-            for metric, (label, _, _) in METRICS.items()
+            for metric, label in (evaluation.metrics if evaluation else {}).items()
         ],
+        "where_from": where_from(evaluation) if evaluation else "",
         "leads": _leads(evaluation),
         "several_seeds": any(len(system.seeds) > 1 for system in systems),
         "p_ranks": P_RANKS,
-        "metrics": [label for label, _, _ in METRICS.values()],
+        "metrics": list(evaluation.metrics.values()) if evaluation else [],
         "systems": [(system.label, system.size) for system in systems],
         "dots": _dots(
             name,
@@ -115,6 +122,7 @@ def _section(name: str, patch: Patch, tested: AllRows | None) -> dict[str, Any]:
         ),
         "samples": evaluation.samples if evaluation else [],
         "certificate": certificate,
+        "meaning": MEANING,
         "statements": statements(certificate) if certificate else [],
         "provenance": _provenance(patch, evaluation),
         "template": meta.template and meta.template.text,
@@ -155,7 +163,7 @@ def _headline(evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
     return found
 
 
-def _tokens(rows: list[tuple[int, dict[str, Any]]]) -> list[dict[str, str]]:
+def _tokens(rows: list[tuple[int, dict[str, Any]]], occur: dict[int, list[str]]) -> list[dict[str, Any]]:
     return [
         {
             "token": "" if row["token"] is None else quoted(row["token"]),
@@ -164,6 +172,7 @@ def _tokens(rows: list[tuple[int, dict[str, Any]]]) -> list[dict[str, str]]:
             "p": "" if row["pvalue"] is None else f"{row['pvalue']:.2g}",
             "base": f"{row['base_norm']:.3f}",
             "change": f"{row['change_norm']:.3f}",
+            "occurs": occur.get(row["token_id"], []),
         }
         for _, row in rows
     ]
@@ -294,7 +303,8 @@ def _leads(evaluation: Evaluation | None) -> list[tuple[str, list[str]]]:
     """For each system beside the patch, the patch minus it in every metric, with the interval."""
     if evaluation is None:
         return []
-    lines = [(each.label, [against(name, each.figures.get(name)) for name in METRICS]) for each in evaluation.ordered]
+    metrics = evaluation.metrics
+    lines = [(each.label, [against(name, each.figures.get(name)) for name in metrics]) for each in evaluation.ordered]
     return [(label, cells) for label, cells in lines if any(cells)]
 
 

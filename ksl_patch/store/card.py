@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ksl_patch.errors import HubError, PatchError
-from ksl_patch.evidence import METRICS, Evaluation, Figure, against, of_seeds, read, with_interval
+from ksl_patch.evidence import Evaluation, Figure, against, of_seeds, read, where_from, with_interval
 from ksl_patch.patch import Patch
 
 CARD = "README.md"
@@ -111,13 +111,15 @@ def _figures(value: dict[str, Any] | None) -> str:
         rows = [(key, f"{number:.4g}") for key, number in (value or {}).items() if isinstance(number, int | float)]
         where = "as the file has it" if evaluation is None else f"on {evaluation.what}"
         return markdown_table((where, ""), rows) if rows else ""
-    head = ("", *(label for label, _, _ in METRICS.values()))
+    head = ("", *evaluation.metrics.values())
     level = f"{evaluation.confidence or 0:.0%}"
     how = (
         f"On {evaluation.what}, greedy, at most {evaluation.max_new_tokens} new tokens; in brackets "
         f"the {level} interval of the difference from the base (paired bootstrap)."
     )
     parts = [how, markdown_table(head, _lines(evaluation, with_interval))]
+    if gain := where_from(evaluation):
+        parts.append(gain)
     if leads := _lines(evaluation, against):
         parts += [f"The patch minus each of them, and the {level} interval of that:", markdown_table(head, leads)]
     if ranges := _lines(evaluation, of_seeds):
@@ -128,7 +130,7 @@ def _figures(value: dict[str, Any] | None) -> str:
 
 def _lines(evaluation: Evaluation, show: Callable[[str, Figure | None], str]) -> list[tuple[str, ...]]:
     """A line for each system of which there is something to show."""
-    lines = [(s.label, *(show(name, s.figures.get(name)) for name in METRICS)) for s in evaluation.ordered]
+    lines = [(s.label, *(show(name, s.figures.get(name)) for name in evaluation.metrics)) for s in evaluation.ordered]
     return [line for line in lines if any(line[1:])]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,8 @@ from ksl_patch.base import find_embedding
 from ksl_patch.errors import RunError
 from ksl_patch.hf import Completion, attach, complete
 from ksl_patch.overlay import TrainedRows, slot_rows
-from ksl_patch.patch import Patch, TemplateMeta
-from ksl_patch.train.data import IGNORED, Encoded, Pair, collate
+from ksl_patch.patch import Patch
+from ksl_patch.train.data import IGNORED, Encoded, collate, source_tokens
 from ksl_patch.train.evaluate import Outputs, answer_losses, of_completions
 
 Place = Literal["everywhere", "prompt", "template", "source", "target"]
@@ -48,9 +48,13 @@ def run_at(
     template = patch.meta.template
     if template is None or patch.meta.side != "input":
         raise RunError("where rows act can be seen on patches of side 'input' with a template.")
-    sources = [_source_tokens(tokenizer, template, pair) for pair in held_out.pairs]
     positions = []
-    for example, inside in zip(held_out.examples, sources, strict=True):
+    for example, pair in zip(held_out.examples, held_out.pairs, strict=True):
+        inside = source_tokens(tokenizer, template, pair)
+        if inside is None:
+            raise RunError(
+                "where rows act can be seen with a fast tokenizer only: others do not say what a token covers."
+            )
         if len(inside) != len(example.prompt):
             raise RunError("the tokenizer splits a prompt otherwise than it did in training.")
         positions.append(
@@ -96,7 +100,8 @@ def acting(model: Any, patch: Patch, where: torch.Tensor, *, after: bool) -> Ite
     `generate`: columns are counted from its beginning.
     """
     table = find_embedding(model)
-    rows, where = TrainedRows(table, slot_rows(patch)), where.to(table.device)
+    everywhere = replace(slot_rows(patch), prompt_only=False)
+    rows, where = TrainedRows(table, everywhere), where.to(table.device)
     seen = 0
 
     def hook(scale: Any, token_ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -115,19 +120,6 @@ def acting(model: Any, patch: Patch, where: torch.Tensor, *, after: bool) -> Ite
             )
             stack.callback(handle.remove)
         yield
-
-
-def _source_tokens(tokenizer: Any, template: TemplateMeta, pair: Pair) -> list[bool]:
-    """Which tokens of a rendered prompt cover a character of the source sentence."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise RunError("where rows act can be seen with a fast tokenizer only: others do not say what a token covers.")
-    prompt = pair.prompt(template)
-    values, pieces = {**dict(pair.fields), "source": pair.source}, template.pieces()
-    at = next(i for i in range(1, len(pieces), 2) if pieces[i] == "source")
-    begin = sum(len(values[piece] if i % 2 else piece) for i, piece in enumerate(pieces[:at]))
-    end = begin + len(pair.source)
-    encoded = tokenizer(prompt, add_special_tokens=not template.chat, return_offsets_mapping=True)
-    return [first < end and last > begin and last > first for first, last in encoded.offset_mapping]
 
 
 def _batches(size: int, lengths: list[int]) -> list[list[int]]:

@@ -59,6 +59,7 @@ from ksl_patch.train.data import (
     read_pairs,
     reading_order,
     sketch,
+    source_tokens,
     split_pairs,
     template_fields,
     token_counts,
@@ -292,13 +293,16 @@ class Build:
     def ticket(self, selection: Selection | None = None, k: int | None = None) -> Ticket:
         """The selected rows: by the configured rule, or `k` rows by a selection of the caller's.
 
-        The most frequent and random rows need no embedding tuning.
+        The most frequent and random rows need no embedding tuning, and neither has the best single row, which is one
+        whatever `k` says.
         """
         config = self.config
         selection = selection or ("given" if config.rows else config.selection)
         k = k or config.top_k
         if selection == "given":
             return self._given()
+        if selection == "single":
+            return self._single()
         if selection == "ks":
             with self._noting_warnings():
                 return ks_ticket(self.ks(), alpha=config.alpha, top_k=k, cap=config.cap)
@@ -325,6 +329,45 @@ class Build:
                 raise RunError(f"{what}, so there is nothing to train: name tokens of the prompt.")
             self.reporter.note("unread", f"{what}, so these rows stay the base's", token_ids=unread.tolist())
         return ticket
+
+    def _single(self) -> Ticket:
+        """The row of the template whose patch has the lowest loss on the dev pairs; of equal ones the smallest id.
+
+        A patch of each is trained as any other is, and kept. Raises RunError without dev pairs.
+        """
+        if not len(self.dev):
+            raise RunError("the selection 'single' compares rows on the dev pairs, and there are none: give --dev.")
+        candidates, losses = self.template_tokens(), []
+        for place, i in enumerate(candidates, start=1):
+            loss = self.patched_loss(self.patch_of(Ticket(np.array([i]), "single")))
+            losses.append(loss)
+            self.reporter.note(
+                "candidate",
+                f"row {place} of {len(candidates)}, {self.tokenizer.decode([i])!r} ({i}), alone: loss {loss:.3f} on "
+                f"{len(self.dev)} dev pairs",
+                token_id=i,
+                loss=loss,
+            )
+        return Ticket(np.array([candidates[int(np.argmin(losses))]]), "single")
+
+    def template_tokens(self) -> list[int]:
+        """The ids, ascending, that training reads in prompts around the sentence and what else is filled in.
+
+        Raises RunError for a tokenizer that does not say which characters a token covers.
+        """
+        steps = self.config.steps if self.config.mode == "partial" else self.config.embed_steps
+        found: set[int] = set()
+        for i in set(reading_order(len(self.train), steps * self.batch, self.config.seed)):
+            filled = source_tokens(self.tokenizer, self.template, self.train.pairs[i], fields=True)
+            if filled is None:
+                raise RunError(
+                    "the selection 'single' needs a fast tokenizer: others do not say which tokens are the template's."
+                )
+            prompt = self.train.examples[i].prompt
+            found.update(token for token, inside in zip(prompt, filled, strict=True) if not inside)
+        if not found:
+            raise RunError("the template has no token of its own around the sentence: 'single' has nothing to choose.")
+        return sorted(found)
 
     def rows(self, ticket: Ticket) -> torch.Tensor:
         """Stage 3. The ticket's rows, float32 [k, d]: tuned alone from the base, or taken from the tuned table."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import torch
 
 from ksl_patch.errors import DataError, RunError
-from ksl_patch.evidence import CONTROLS, Evaluation, Sample, SystemScores
+from ksl_patch.evidence import CONTROLS, Evaluation, Occurrence, Sample, SystemScores
 from ksl_patch.hf import end_token_id
 from ksl_patch.patch import Patch
 from ksl_patch.train.build import Build
-from ksl_patch.train.data import Encoded, Pair, distinct, encode, seen
+from ksl_patch.train.data import Encoded, Pair, distinct, encode, seen, source_tokens
 from ksl_patch.train.evaluate import Cache, Outputs, Scorer, run, token_limit
 from ksl_patch.train.progress import Reporter
 
@@ -35,8 +37,8 @@ def make_systems(
     """The systems to evaluate, by name and training seed: the patch, the tuned embedding, the controls.
 
     The first seed is the patch's own; the build trains what is not in its run folder yet. Without a build there is
-    the patch, and the random change. A control has as many rows as the patch of its seed, and the same training. A
-    system is there with every seed, or not at all.
+    the patch, and the random change. A control has as many rows as the patch of its seed (the best single row is one),
+    and the same training. A system is there with every seed, or not at all.
     """
     own = patch.meta.training.seed if patch.meta.training else 0
     if build is None:
@@ -75,6 +77,8 @@ def make_systems(
             made["embedding"] = seeded.embedding_patch()
             if "l2" in controls and selection != "l2":
                 made["l2"] = seeded.patch_of(seeded.ticket("l2", k))
+        if "single" in controls and selection != "single":
+            made["single"] = seeded.patch_of(seeded.ticket("single"))
         if "noise" in controls:
             made["noise"] = noise_patch(this, seed)
         for name, system in made.items():
@@ -94,14 +98,19 @@ def evaluate(
     resamples: int = 1000,
     part: str | None = None,
     uses: int | None = None,
+    source_language: str = "en",
 ) -> Evaluation:
     """Run every system and the base on held-out pairs, and score them; see `Scorer` for the intervals.
 
     max_new_tokens: by default what `token_limit` says. cache: where finished runs are kept, so that an evaluation that
     was cut off continues. part: which pairs these are (`Evaluation`); uses: how many patches were measured on them.
+    source_language: of the pairs, which an output may be in.
     """
     own = next(iter(systems["patch"].values()))
-    scorer = Scorer(held_out.references, language=own.meta.language, groups=held_out.groups, resamples=resamples)
+    scorer = Scorer(
+        held_out.references, language=own.meta.language, source_language=source_language, groups=held_out.groups,
+        resamples=resamples,
+    )  # fmt: skip
     max_new_tokens = max_new_tokens or token_limit(held_out)
 
     def of(patch: Patch | None) -> Outputs:
@@ -123,11 +132,15 @@ def evaluate(
                 rows=[len(patch.token_ids) for patch in patches.values()],
                 seeds=list(patches),
                 figures=scorer.figures(runs[name], base, None if name == "patch" else runs["patch"][0]),
+                split=scorer.split(runs[name][0], base),
             )
         )
     reporter.end()
     seeds = len(systems["patch"])
-    notes = [*scorer.notes, *_notes(scores, scorer, seeds, part, uses), *limit_notes(held_out, max_new_tokens)]
+    rows, about_rows = occurrences(tokenizer, held_out, own)
+    notes = [
+        *scorer.notes, *_notes(scores, scorer, seeds, part, uses), *limit_notes(held_out, max_new_tokens), *about_rows,
+    ]  # fmt: skip
     return Evaluation(
         pairs=len(held_out),
         data_digest=held_out.digest,
@@ -140,6 +153,7 @@ def evaluate(
         notes=notes,
         part=part,
         documents=scorer.documents,
+        occurrences=rows,
         systems=scores,
         samples=[
             Sample(
@@ -151,6 +165,38 @@ def evaluate(
             for pair, before, after in zip(held_out.pairs, base.texts, runs["patch"][0].texts, strict=True)
         ][:_SAMPLES],
     )
+
+
+def occurrences(tokenizer: Any, held_out: Encoded, patch: Patch) -> tuple[list[Occurrence], list[str]]:
+    """How often each row of the patch is read in the pairs, and what a reader must know of it.
+
+    Where the tokenizer does not say which characters a token covers, instruction and source are counted as one.
+    """
+    template = patch.meta.template
+    found = {part: Counter[int]() for part in ("source", "prompt", "answer", "prompts")}
+    apart = template is not None
+    for example, pair in zip(held_out.examples, held_out.pairs, strict=True):
+        inside = None if template is None else source_tokens(tokenizer, template, pair)
+        if inside is None:
+            apart, inside = False, [False] * len(example.prompt)
+        found["source"].update(token for token, here in zip(example.prompt, inside, strict=True) if here)
+        found["prompt"].update(example.prompt)
+        found["answer"].update(example.answer[:-1])  # the last is only ever predicted
+        found["prompts"].update(set(example.prompt))
+    rows = [
+        Occurrence(
+            token_id=i,
+            token=token,
+            instruction=found["prompt"][i] - found["source"][i] if apart else None,
+            source=found["source"][i] if apart else None,
+            prompt=found["prompt"][i],
+            answer=found["answer"][i],
+            share=found["prompts"][i] / len(held_out),
+        )
+        for i, token in zip(patch.token_ids.tolist(), patch.meta.tokens or repeat(None), strict=False)
+    ]
+    note = "The tokenizer does not say which characters a token covers: rows are counted in prompts as a whole."
+    return rows, [] if apart else [note]
 
 
 def _cut(text: str) -> str:
@@ -176,6 +222,7 @@ def _notes(scores: Sequence[SystemScores], scorer: Scorer, seeds: int, part: str
         notes.append(f"Intervals resample {n} documents{few} and not sentences, which are not independent.")
     figures = [figure for system in scores for figure in system.figures.values()]
     intervals = sum((figure.low is not None) + (figure.patch_minus is not None) for figure in figures)
+    intervals += sum(system.split is not None and system.split.stopping.low is not None for system in scores)
     if intervals:
         missing = intervals * (1 - scorer.confidence)
         notes.append(

@@ -8,9 +8,10 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,7 +158,8 @@ def split_pairs(
     """Drop repeated sources, set `held_out` and `dev` pairs aside, keep at most `limit` to train.
 
     A hash of a pair's source, or of its document where it has one, says on which side it is: another pair in the file
-    moves no more than itself and one at each border. No document is on two sides.
+    moves no more than itself and one at each border. No document is on two sides. What is set aside is in turns from
+    its documents, so that the first of it are of as many as there are.
     """
     kept = distinct(pairs)
 
@@ -173,7 +175,7 @@ def split_pairs(
         end = begin + wanted
         while wanted and 0 < end < len(kept) and place(kept[end])[0] == place(kept[end - 1])[0]:
             end += 1  # to the end of the document, or of what has this source
-        parts.append(kept[begin:end])
+        parts.append(_by_turns(kept[begin:end]))
         begin = end
     if begin >= len(kept):
         n = len({pair.group for pair in kept})
@@ -195,6 +197,16 @@ def split_pairs(
         duplicates=len(pairs) - len(kept),
         unused=len(kept) - len(train) - len(test) - len(choice),
     )
+
+
+def _by_turns(pairs: Sequence[Pair]) -> list[Pair]:
+    """Of each document its first pair, then of each its second; a pair without a document is one by itself."""
+    seen = Counter[str]()
+    turns = []
+    for pair in pairs:
+        turns.append(seen[pair.group])
+        seen[pair.group] += bool(pair.group)
+    return [pairs[i] for i in sorted(range(len(pairs)), key=turns.__getitem__)]
 
 
 def reading_order(pairs: int, reads: int, seed: int) -> list[int]:
@@ -359,6 +371,24 @@ def encode(template: TemplateMeta, pairs: Sequence[Pair], tokenizer: Any, end: i
             kept.append(pair)
             examples.append(example)
     return Encoded(kept, examples)
+
+
+def source_tokens(tokenizer: Any, template: TemplateMeta, pair: Pair, *, fields: bool = False) -> list[bool] | None:
+    """Which tokens of the rendered prompt cover a character of the source sentence; None where a tokenizer cannot say.
+
+    What it adds by itself, such as a token of the beginning, covers none. fields: or a character of another column.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    values, pieces = {**dict(pair.fields), "source": pair.source}, template.pieces()
+    texts = [values[piece] if i % 2 else piece for i, piece in enumerate(pieces)]
+    ends = list(accumulate(map(len, texts)))
+    filled = [i for i in range(1, len(pieces), 2) if fields or pieces[i] == "source"]
+    encoded = tokenizer(pair.prompt(template), add_special_tokens=not template.chat, return_offsets_mapping=True)
+    return [
+        first < last and any(first < ends[i] and last > ends[i - 1] for i in filled)
+        for first, last in encoded.offset_mapping
+    ]
 
 
 def token_counts(examples: Iterable[Example], vocab_size: int, *, prompt_only: bool = False) -> np.ndarray:

@@ -22,11 +22,13 @@ from torch.nn import functional as F
 
 from ksl_patch.base import dtype_name
 from ksl_patch.errors import RunError
-from ksl_patch.evidence import Difference, Figure
+from ksl_patch.evidence import Difference, Figure, Split
 from ksl_patch.hf import Completion, PatchHandle, attach, generate
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch, write_atomically
 from ksl_patch.train.data import IGNORED, Encoded, Example, collate
+from ksl_patch.train.language import recogniser
+from ksl_patch.train.loss import answer_logits
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Cache:
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-_OUTPUTS = 2  # counts what the form or the meaning of kept outputs was
+_OUTPUTS = 3  # counts what the form or the meaning of kept outputs was
 
 
 def token_limit(held_out: Encoded) -> int:
@@ -81,11 +83,11 @@ def answer_losses(
         batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in part], pad=0).items()}
         labels = batch.pop("labels")
         with nullcontext() if handle is None else handle.marking(labels == IGNORED):
-            logits = model(**batch, use_cache=False).logits[:, :-1]
+            logits = answer_logits(model, batch, labels)
         labels = labels[:, 1:]
         answer = labels != IGNORED
-        each = torch.zeros(labels.shape, device=labels.device)
-        each[answer] = F.cross_entropy(logits[answer].float(), labels[answer], reduction="none")
+        each = torch.zeros(labels.shape, device=logits.device)
+        each[answer] = F.cross_entropy(logits.float(), labels[answer].to(logits.device), reduction="none")
         for i, loss, count in zip(part, each.double().sum(dim=1).tolist(), answer.sum(dim=1).tolist(), strict=True):
             losses[i], counts[i] = loss, count
     if not math.isfinite(sum(losses)):
@@ -175,8 +177,10 @@ class Scorer:
     machine translation evaluation", EMNLP 2004). chrF++ and BLEU are sacrebleu's own. The first line of an output is
     compared with the first line of its reference.
 
-    language: of the references, which decides how BLEU cuts text into words. groups: the document of each reference;
-    documents are drawn then instead of sentences, since those of one document are no independent examples.
+    language: of the references, which decides how BLEU cuts text into words and what `in_language` counts, a first line
+    in it, as `recogniser` says; the latter is left out for a language that it does not know. source_language: what else
+    an output may be in. groups: the document of each reference; documents are drawn then instead of sentences, since
+    those of one document are no independent examples.
     signatures: sacrebleu's, by metric. documents: how many are drawn. notes: what was done otherwise than one expects.
     """
 
@@ -185,6 +189,7 @@ class Scorer:
         references: Sequence[str],
         *,
         language: str | None = None,
+        source_language: str = "en",
         groups: Sequence[str] | None = None,
         resamples: int = 1000,
         confidence: float = 0.95,
@@ -204,7 +209,9 @@ class Scorer:
         draws = np.random.default_rng(seed).multinomial(u, np.full(u, 1 / u), size=resamples)[:, unit]
         self._draws = np.vstack([np.ones(n, dtype=np.int64), draws])
         self._known: list[tuple[Outputs, dict[str, np.ndarray]]] = []
-        bleu, self.notes = _bleu(language)
+        bleu, notes = _bleu(language)
+        self._recognises = None if language is None else recogniser(language, source_language)
+        self.notes = [*notes, self._language_note(language)]
         self._text_metrics = {"chrf": CHRF(word_order=2), "bleu": bleu}
         self.signatures = {}
         for name, metric in self._text_metrics.items():
@@ -221,16 +228,24 @@ class Scorer:
         found = {}
         for name, scores in of_base.items():
             own = per_run[0][name]
-            gain = self._difference(own, scores)
+            gain = self._difference(own - scores)
             found[name] = Figure(
                 value=float(own[0]),
-                difference=float(own[0] - scores[0]),
-                low=None if gain is None else gain.low,
-                high=None if gain is None else gain.high,
+                difference=gain.value,
+                low=gain.low,
+                high=gain.high,
                 per_seed=[float(each[name][0]) for each in per_run],
-                patch_minus=None if of_patch is None else self._difference(of_patch[name], own),
+                patch_minus=None if of_patch is None or gain.low is None else self._difference(of_patch[name] - own),
             )
         return found
+
+    def split(self, outputs: Outputs, base: Outputs) -> Split:
+        """Where the gain of one run over the base in chrF++ comes from."""
+        own, before = self._resampled(outputs), self._resampled(base)
+        raw, content = (own[name] - before[name] for name in ("chrf", "chrf_first_line"))
+        return Split(
+            raw=self._difference(raw), content=self._difference(content), stopping=self._difference(raw - content)
+        )
 
     def of_base(self, base: Outputs) -> dict[str, Figure]:
         """The base's own figures, which have no difference."""
@@ -239,13 +254,29 @@ class Scorer:
             for name, scores in self._resampled(base).items()
         }
 
-    def _difference(self, one: np.ndarray, other: np.ndarray) -> Difference | None:
+    def _language_note(self, language: str | None) -> str:
+        """What `in_language` can be at most, or why it is left out."""
+        import langcodes
+
+        if language is None:
+            return "The patch names no language, so whether outputs are in it is not said."
+        name = langcodes.get(language).display_name("en")
+        if self._recognises is None:
+            return f"py3langid does not know {name}, so whether outputs are in it is not said."
+        lines = self._references["_first_line"]
+        share = sum(map(self._recognises, lines)) / len(lines)
+        return (
+            f"py3langid takes the first lines of {share:.1%} of the references for {name}: more is not to be expected "
+            "of outputs."
+        )
+
+    def _difference(self, values: np.ndarray) -> Difference:
+        """A difference on the corpus and on every resampled one, [1 + resamples], with its interval."""
         if self.documents == 1:
-            return None
-        difference = one - other
+            return Difference(value=float(values[0]))
         tail = (1 - self.confidence) / 2
-        low, high = np.quantile(difference[1:], [tail, 1 - tail])
-        return Difference(value=float(difference[0]), low=float(low), high=float(high))
+        low, high = np.quantile(values[1:], [tail, 1 - tail])
+        return Difference(value=float(values[0]), low=float(low), high=float(high))
 
     def _resampled(self, outputs: Outputs) -> dict[str, np.ndarray]:
         """Each metric on the corpus and on every resampled one, float64 [1 + resamples]."""
@@ -257,7 +288,7 @@ class Scorer:
         def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> np.ndarray:
             return np.asarray((self._draws @ numerator) / (self._draws @ denominator))
 
-        one = [1.0] * len(outputs.texts)
+        one, recognises = [1.0] * len(outputs.texts), self._recognises
         found = {
             "loss": ratio(outputs.losses, outputs.tokens),
             "chrf": self._text("chrf", outputs.texts),
@@ -265,6 +296,7 @@ class Scorer:
             "bleu": self._text("bleu", outputs.texts),
             "bleu_first_line": self._text("bleu", lines, "_first_line"),
             "stop_rate": ratio([float(stopped) for stopped in outputs.stopped], one),
+            **({"in_language": ratio([float(recognises(line)) for line in lines], one)} if recognises else {}),
             "characters": ratio([float(len(text)) for text in outputs.texts], one),
         }
         self._known.append((outputs, found))
