@@ -2,9 +2,9 @@
 # make browser   the tests of reports in Chromium (apt-get install chromium)
 # make stress   threads, tasks, streams and continuous batching on one model for a minute, every answer checked
 # make gpu   what only a GPU can show of the transformers runtime, on a machine that has one
-# make study   every figure of docs/experiments.md, about an hour on two cores
+# make study   what is not there yet of the figures of docs/experiments.md; all of them take over an hour on two cores
 # make vllm   the tests with vLLM, in an environment of its own (3.5 GB)
-# make demo   two patches for a real model, about ten minutes on two cores, and what they do
+# make demo   two languages for Gemma 3 270M, about ten minutes on two cores, and what their patches do
 
 PYTHON ?= python3
 # `torch` alone takes several gigabytes of CUDA builds on a machine without a GPU; name the build you want here.
@@ -47,6 +47,7 @@ demo: model
 	$(BIN)/python examples/demo/demo.py $(DEMO)
 
 study: model .venv/dev
+	$(BIN)/python examples/demo/fetch.py $(DEMO) --study
 	$(BIN)/python benchmarks/study.py $(DEMO)
 
 model: .venv/run

@@ -2,12 +2,12 @@
 
     make study        or: python benchmarks/study.py .demo
 
-What is trained, generated and scored stays in FOLDER/study; figures go to benchmarks/results/study.json, and from there
-into the tables of docs/experiments.md (`--tables` writes these alone).
+What is trained and generated stays in FOLDER/study. Each part's figures go to benchmarks/results/study/, one file for a
+part and a build, and from there into the tables of docs/experiments.md (`--tables` writes these alone). A part is made
+again where its settings changed, or its file is deleted.
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 import time
@@ -45,12 +45,17 @@ from ksl_patch.train.evaluate import Scorer, answer_losses, run
 from ksl_patch.train.progress import RichReporter
 
 ROOT = Path(__file__).parents[1]
-RESULTS, DOCUMENT = ROOT / "benchmarks/results/study.json", ROOT / "docs/experiments.md"
+RESULTS, DOCUMENT = ROOT / "benchmarks/results/study", ROOT / "docs/experiments.md"
 DAMPING = ROOT / "benchmarks/results/damping.json"
 # Builds: a domain and a language. The first has what is measured on one alone, FEW what is measured on two.
 HELP, VERSES = [("gnome", language) for language in ("de", "ru", "ko", "id")], [("quran", "ru"), ("quran", "id")]
 FIRST, FEW = HELP[0], (HELP[0], HELP[2])
 DOMAINS = {"gnome": "GNOME's help", "quran": "the Quran's verses", "udhr": "the Declaration's articles"}
+WANTED = {
+    "main": HELP, "ticket": [*HELP, *VERSES], "harm": [FIRST], "places": [FIRST], "templates": [FIRST],
+    "sizes": [FIRST], "elsewhere": [*HELP, *VERSES], "verses": VERSES, "seeds": FEW, "single": [FIRST],
+    "transfer": HELP, "certificates": FEW, "power": [FIRST],
+}  # fmt: skip
 ROWS, SIZES, SEEDS = 18, (1, 4, 64), 2
 PAIRS, NEW_TOKENS = 48, 60
 ONE_ROW = ("\n", "<bos>", ":")
@@ -68,7 +73,7 @@ def settings(folder: Path, domain: str, language: str) -> BuildConfig:
         name=f"gemma3-en-{language}",
         alpha=None,
         top_k=ROWS,
-        embed_steps=40,
+        embed_steps=30,
         steps=40,
         dev=32,
         held_out=192,  # whole pages, of which PAIRS sentences are measured
@@ -93,16 +98,17 @@ class Study:
 
     def once(self, which, part):
         build = self.builds[which]
-        key = json.dumps([dataclasses.asdict(build.config), build.loaded.digest, SIZES, SEEDS, PAIRS, NEW_TOKENS])
-        name = f"{part}-{'-'.join(which)}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
-        file = self.run / "parts" / name
-        file.parent.mkdir(exist_ok=True)
-        if not file.is_file():
-            begun = time.perf_counter()
-            value = getattr(self, part)(build, self.patch(which))
-            write_atomically(file, json.dumps({"seconds": round(time.perf_counter() - begun), "value": value}).encode())
-            self.reporter.note("part", f"{' '.join(which)}: {part} is done")
-        return json.loads(file.read_bytes())["value"]
+        config = dataclasses.asdict(build.config) | {"base": "gemma3", "pairs": "/".join(which)}
+        of = json.loads(json.dumps({"config": config, "digest": build.loaded.digest, "pairs": PAIRS, "sizes": SIZES}))
+        file = RESULTS / f"{part}-{'-'.join(which)}.json"
+        if file.is_file() and json.loads(file.read_bytes())["of"] == of:
+            return
+        begun = time.perf_counter()
+        value = getattr(self, part)(build, self.patch(which))
+        seconds = round(time.perf_counter() - begun)
+        kept = {"of": of, "machine": machine(), "seconds": seconds, "value": value}
+        write_atomically(file, (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode())
+        self.reporter.note("part", f"{' '.join(which)}: {part} is done, {seconds} s")
 
     def patch(self, which):
         if which not in self.patches:
@@ -271,16 +277,10 @@ class Study:
                 found[language][name] = sum(losses) / sum(tokens)
         return found
 
-    def results(self):
-        of = {
-            "main": HELP, "verses": VERSES, "ticket": [*HELP, *VERSES], "transfer": HELP, "seeds": FEW,
-            "certificates": FEW, "elsewhere": [*HELP, *VERSES], "sizes": [FIRST], "power": [FIRST], "places": [FIRST],
-            "templates": [FIRST], "harm": [FIRST], "single": [FIRST],
-        }  # fmt: skip
-        return {part: {"-".join(which): self.once(which, part) for which in wanted} for part, wanted in of.items()}
-
-    def seconds(self):
-        return sum(json.loads(file.read_bytes())["seconds"] for file in (self.run / "parts").iterdir())
+    def make(self):
+        for part, wanted in WANTED.items():
+            for which in wanted:
+                self.once(which, part)
 
 
 def named(which: str) -> str:
@@ -346,19 +346,31 @@ def patch_of(evaluation: Evaluation) -> SystemScores:
     return next(system for system in evaluation.systems if system.name == "patch")
 
 
-def tables(results: dict, damping: dict) -> dict[str, str]:
+def kept_results() -> dict[str, dict]:
+    """What is kept of each part, by part and build."""
+    return {
+        part: {
+            "-".join(which): json.loads((RESULTS / f"{part}-{'-'.join(which)}.json").read_bytes()) for which in wanted
+        }
+        for part, wanted in WANTED.items()
+    }
+
+
+def tables(kept: dict[str, dict], damping: dict) -> dict[str, str]:
     """Every generated part of the document, by name."""
     found = {"damping": damping_table(damping)}
-    parts, config = results["parts"], results["config"]
+    parts = {part: {which: each["value"] for which, each in of.items()} for part, of in kept.items()}
+    one = next(iter(kept["main"].values()))
+    config, cpu = one["of"]["config"], one["machine"]
+    minutes = sum(each["seconds"] for of in kept.values() for each in of.values()) / 60
     main, tickets = evaluations_of(parts, "main"), parts["ticket"]
     first = next(iter(main.values()))
     found["setting"] = (
         f"{first.pairs} held-out sentences of {first.documents} pages ({', '.join(map(named, main))}); {ROWS} rows; "
         f"{config['embed_steps']} steps of embedding tuning and {config['steps']} of partial tuning, batch "
         f"{config['batch_size']}, learning rates {config['embed_lr']} and {config['lr']} standard deviations of the "
-        f"table; greedy, at most {NEW_TOKENS} new tokens. Machine: {results['machine']['cpu']}, "
-        f"{results['machine']['cores']} cores. Training, generation and scoring took {results['seconds'] / 60:.0f} "
-        "minutes.\n\n"
+        f"table; greedy, at most {NEW_TOKENS} new tokens. Machine: {cpu['cpu']}, {cpu['cores']} cores. Training, "
+        f"generation and scoring took {minutes:.0f} minutes.\n\n"
         + "\n".join(f"- {name}: `{value}`" for name, value in first.signatures.items())
         + "".join(f"\n- {note}" for note in first.notes)
     )
@@ -499,13 +511,10 @@ def fill(document: str, parts: dict[str, str]) -> str:
 @click.option("--tables", "only_tables", is_flag=True, help="Write the tables of the kept results only.")
 def main(folder: Path, only_tables: bool) -> None:
     if not only_tables:
+        RESULTS.mkdir(exist_ok=True)
         with RichReporter(console) as reporter:
-            study = Study(folder, reporter)
-            parts = study.results()
-            config = dataclasses.asdict(study.builds[FIRST].config) | {"base": "gemma3", "pairs": "*/en-*.jsonl"}
-        results = {"machine": machine(), "seconds": study.seconds(), "config": config, "parts": parts}
-        write_atomically(RESULTS, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
-    parts = tables(json.loads(RESULTS.read_bytes()), json.loads(DAMPING.read_bytes()))
+            Study(folder, reporter).make()
+    parts = tables(kept_results(), json.loads(DAMPING.read_bytes()))
     filled = fill(DOCUMENT.read_text(encoding="utf-8"), parts)
     write_atomically(DOCUMENT, filled.encode())
     console.print(f"Wrote {RESULTS} and the tables of {DOCUMENT}.")

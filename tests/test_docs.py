@@ -1,6 +1,8 @@
 """README and docs: links lead somewhere, commands and options exist, every public name has a line, examples run."""
 
 import functools
+import importlib.util
+import json
 import re
 import shlex
 
@@ -52,6 +54,15 @@ def command_lines(page):
     consoles = "\n".join(blocks(page, "console")).replace("\\\n", " ")
     lines = [line[2:] for line in consoles.splitlines() if line.startswith("$ ksl-patch ")]
     return lines + re.findall(r"`(ksl-patch [a-z][^`]*)`", prose(page))
+
+
+def test_the_readme_shows_what_the_demo_showed():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "examples" / "demo" / "readme.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    text, shown = README.read_text(encoding="utf-8"), json.loads(made.SHOWN.read_bytes())
+    assert made.written(text, shown) == text, "run `python examples/demo/readme.py`"
+    assert shown["languages"][1]["samples"][0]["patch"] in text
 
 
 def test_the_readme_is_short():

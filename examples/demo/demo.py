@@ -40,9 +40,12 @@ def settings(folder: Path, domain: str, language: str) -> BuildConfig:
         group="page",
         language=language,
         name=f"gemma3-en-{language}",
+        alpha=None,
         top_k=18,
-        embed_steps=40,
-        steps=60,
+        embed_steps=30,
+        steps=40,
+        dev=32,
+        held_out=192,  # whole pages, of which SCORED sentences are measured
         licence=f"Gemma's terms; pairs {DOMAINS[domain][2]}",
     )
 
@@ -129,7 +132,7 @@ def main(folder: Path) -> None:
         )
     console.rule("One batch, three choices")
     assert first is not None
-    sentence = first.held_out.pairs[0].source
+    sentence = first.held_out.pairs[SHOWN].source  # one that was not shown yet
     choices = [None, *made]
     templates = [patch.meta.template for patch in (made[0], *made)]
     prompts = prompt_ids(first.tokenizer, [template.render(sentence) for template in templates])

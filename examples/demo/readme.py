@@ -3,8 +3,8 @@
     python examples/demo/readme.py             write it, of docs/demo.json
     python examples/demo/readme.py .demo       the same, with .demo/demo.json as the new docs/demo.json
 
-tests/test_docs.py checks that the README has what this makes of docs/demo.json. docs/demo.svg is a recording of a second
-run: `asciinema rec` and npm's svg-term-cli, see docs/development.md.
+tests/test_docs.py checks that the README has what this makes of docs/demo.json. docs/development.md says how the
+recording docs/demo.svg is made.
 """
 
 import json
@@ -26,18 +26,20 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def part(shown: dict[str, Any]) -> str:
     """The README's lines."""
-    text = ""
-    for each in shown["languages"]:
-        rows = ", ".join(f"`{json.dumps(row, ensure_ascii=False)[1:-1]}`" for row in each["rows"])
-        text += (
-            f"**English to {each['language']}**, {each['pairs']} of {shown['texts']}, whole pages held out; "
-            f"{len(each['rows'])} rows in {each['bytes']:,} bytes ({rows}):\n\n"
-        )
-        header = ["", "base", "patch", f"difference, {each['confidence']:.0%} interval"]
-        text += table(header, each["figures"]) + f"\n{each['where_from']}\n\n"
-        samples = [list(sample.values()) for sample in each["samples"][:SENTENCES]]
-        text += table(list(each["samples"][0]), samples) + "\n"
-    text += f'One batch, one model, three choices for "{shown["sentence"]}":\n\n'
+    each = shown["languages"]
+    header, lines = [""], [[line[0]] for line in each[0]["figures"]]
+    for one in each:
+        level = f"{one['confidence']:.0%}"
+        header += [f"{one['language']}: base, patch", f"difference, {level} interval"]
+        for line, (_, base, patch, difference) in zip(lines, one["figures"], strict=True):
+            line += [f"{base} → **{patch}**", difference]
+    sizes = " and ".join(f"{len(one['rows'])} rows ({one['bytes']:,} bytes)" for one in each)
+    pairs = f"{each[0]['pairs']} of {shown['texts']}, whole pages held out, greedy"
+    text = f"Patches of {sizes}; figures on {pairs}:\n\n" + table(header, lines) + "\n"
+    text += " ".join(f"{one['language']}: {one['where_from']}" for one in each) + "\n\n"
+    samples = [list(sample.values()) for one in each for sample in one["samples"][:SENTENCES]]
+    text += table(list(each[0]["samples"][0]), samples) + "\n"
+    text += f"One batch, one model, three choices for *{shown['sentence']}*\n\n"
     return text + table(["patch", "output, first line"], shown["batch"])
 
 
