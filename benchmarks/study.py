@@ -8,6 +8,7 @@ again where its settings changed, or its file is deleted.
 """
 
 import dataclasses
+import inspect
 import json
 import re
 import time
@@ -338,159 +339,225 @@ def damping_table(results: dict) -> str:
     return f"{said}\n\n{markdown_table(head, lines)}"
 
 
-def evaluations_of(parts: dict, part: str) -> dict[str, Evaluation]:
-    return {which: read(Evaluation, value) for which, value in parts[part].items()}
-
-
 def patch_of(evaluation: Evaluation) -> SystemScores:
     return next(system for system in evaluation.systems if system.name == "patch")
 
 
-def kept_results() -> dict[str, dict]:
-    """What is kept of each part, by part and build."""
-    return {
-        part: {
-            "-".join(which): json.loads((RESULTS / f"{part}-{'-'.join(which)}.json").read_bytes()) for which in wanted
-        }
+def kept_results() -> dict[str, dict[str, dict]]:
+    """What there is of each part, by part and build."""
+    files = {
+        part: {"-".join(which): RESULTS / f"{part}-{'-'.join(which)}.json" for which in wanted}
         for part, wanted in WANTED.items()
+    }
+    return {
+        part: {which: json.loads(file.read_bytes()) for which, file in of.items() if file.is_file()}
+        for part, of in files.items()
     }
 
 
-def tables(kept: dict[str, dict], damping: dict) -> dict[str, str]:
-    """Every generated part of the document, by name."""
-    found = {"damping": damping_table(damping)}
-    parts = {part: {which: each["value"] for which, each in of.items()} for part, of in kept.items()}
-    one = next(iter(kept["main"].values()))
-    config, cpu = one["of"]["config"], one["machine"]
-    minutes = sum(each["seconds"] for of in kept.values() for each in of.values()) / 60
-    main, tickets = evaluations_of(parts, "main"), parts["ticket"]
-    first = next(iter(main.values()))
-    found["setting"] = (
-        f"{first.pairs} held-out sentences of {first.documents} pages ({', '.join(map(named, main))}); {ROWS} rows; "
+TABLES = {}
+
+
+def table(function):
+    """A part of the document, by the function's name: made of the part of the study that its arguments name."""
+    TABLES[function.__name__] = function
+    return function
+
+
+def evaluations(part: dict) -> dict[str, Evaluation]:
+    return {which: read(Evaluation, value) for which, value in part.items()}
+
+
+def only(part: dict):
+    """What a part has that is measured on one build."""
+    return next(iter(part.values()))
+
+
+@table
+def main(main):
+    return "\n\n".join(
+        f"### {named(which)}\n\n{figures_table([(system.label, system) for system in evaluation.ordered])}\n\n"
+        f"{leads_table(evaluation)}"
+        for which, evaluation in evaluations(main).items()
+    )
+
+
+@table
+def verses(verses):
+    return main(verses)
+
+
+@table
+def occurrences(main):
+    evaluation = only(evaluations(main))
+    head, cells = occurrence_table(evaluation)
+    lines = [(tokens_of([row.token]), *cells[row.token_id]) for row in evaluation.occurrences]
+    return markdown_table(("row", *head), lines)
+
+
+@table
+def seeds(seeds):
+    found = evaluations(seeds)
+    lines = [
+        (named(which), *(" / ".join(f"{value:.3f}" for value in system.figures["loss"].per_seed)
+                         for system in evaluation.ordered))
+        for which, evaluation in found.items()
+    ]  # fmt: skip
+    return markdown_table(("held-out loss", *(system.label for system in only(found).ordered)), lines)
+
+
+@table
+def single(single):
+    best_first = sorted(only(single), key=lambda each: each["loss"])
+    lines = [(tokens_of([each["token"]]), f"{each['loss']:.3f}") for each in best_first]
+    return markdown_table(("row alone", "dev loss"), lines)
+
+
+@table
+def transfer(main, transfer):
+    alone = evaluations(main)
+    rows = [
+        (f"{named(which)}, {what}", patch_of(evaluation))
+        for which, transferred in evaluations(transfer).items()
+        for what, evaluation in (("tuned alone", alone[which]), ("transferred", transferred))
+    ]
+    return figures_table(rows)
+
+
+@table
+def ticket(ticket):
+    sizes = sorted(only(ticket)["frequent"], key=int)
+    head = ("", "tokens seen", "largest D", "rows with p < 0.05", "rank correlation of D and frequency",
+            *(f"of its top {k}, among the {k} most frequent" for k in sizes), "its tokens by D")  # fmt: skip
+    lines = [
+        (named(which), f"{t['seen']:,}", f"{t['largest']:.3f}", t["significant"], f"{t['spearman']:.2f}",
+         *(t["frequent"][k] for k in sizes), tokens_of(t["tokens"]))
+        for which, t in ticket.items()
+    ]  # fmt: skip
+    return markdown_table(head, lines)
+
+
+@table
+def overlap(ticket):
+    def shared(a: str, b: str) -> str:
+        both = (len(set(ticket[a][which]) & set(ticket[b][which])) for which in ("top", "most_frequent"))
+        return "" if a == b else "{} ({})".format(*both)
+
+    lines = [(named(a), *(shared(a, b) for b in ticket)) for a in ticket]
+    return markdown_table((f"shared among the first {ROWS}", *map(named, ticket)), lines)
+
+
+@table
+def certificates(certificates):
+    lines = [
+        (
+            f"{named(which)}, {mode}",
+            f"{c.exact} of {c.pairs}",
+            *(f"{bound.share:.0%}, at least {at_least(bound.lower)}" for bound in (c.next_token, c.continuation)),
+            f"{c.margin.certified} of {c.margin.examples}",
+            c.margin.violations,
+        )
+        for which, modes in certificates.items()
+        for mode, value in modes.items()
+        for c in (read(Certificate, value),)
+    ]
+    head = ("", "bit-equal inputs", "same next token", "same output", "margin above 2 tau", "of these, changed")
+    return markdown_table(head, lines)
+
+
+@table
+def alpha(sizes):
+    significant = only(sizes)["significant"]
+    return markdown_table(("alpha", *significant), [("rows with p < alpha", *significant.values())])
+
+
+@table
+def sizes(sizes):
+    systems = read(Evaluation, only(sizes)["evaluation"]).systems
+    rows = [("base" if system.name == "base" else "KS ticket", system) for system in systems]
+    return figures_table(sorted(rows, key=lambda row: row[1].rows))
+
+
+@table
+def power(power):
+    head = ("learning rate", "held-out loss of the tuned embedding", "largest D", *(f"p < {a}" for a in ALPHAS))
+    lines = [
+        (rate, f"{tuned['loss']:.3f}", f"{tuned['largest']:.3f}", *tuned["significant"].values())
+        for rate, tuned in only(power).items()
+    ]
+    return markdown_table(head, lines)
+
+
+@table
+def places(places):
+    systems = [read(SystemScores, system) for system in only(places)]
+    return figures_table([(system.name, system) for system in systems], "rows act on")
+
+
+@table
+def templates(templates):
+    rows = [
+        (f"{name}: {system.label}", system)
+        for name, evaluation in only(templates).items()
+        for system in read(Evaluation, evaluation).systems
+    ]
+    return figures_table(rows, "prompt")
+
+
+@table
+def elsewhere(elsewhere):
+    rows = [
+        (f"{named(which)}, on {DOMAINS[domain]}: {system.label}", system)
+        for which, domains in elsewhere.items()
+        for domain, evaluation in domains.items()
+        for system in read(Evaluation, evaluation).systems
+    ]
+    return figures_table(rows, "patch")
+
+
+@table
+def harm(harm):
+    by_language = only(harm)
+    names = only(by_language)
+    lines = [(name, *(f"{losses[name]:.3f}" for losses in by_language.values())) for name in names]
+    return markdown_table(("loss per token", *map(language_name, by_language)), lines)
+
+
+def setting(kept: dict[str, dict[str, dict]]) -> str:
+    """What everything was measured with, and what is not measured yet."""
+    each = [one for of in kept.values() for one in of.values()]
+    config, cpu, evaluation = each[0]["of"]["config"], each[0]["machine"], only(evaluations(values(kept)["main"]))
+    minutes = sum(one["seconds"] for one in each) / 60
+    missing = [
+        f"{part} ({', '.join(left)})"
+        for part, wanted in WANTED.items()
+        if (left := [named("-".join(which)) for which in wanted if "-".join(which) not in kept[part]])
+    ]
+    return (
+        f"{evaluation.pairs} held-out sentences of {evaluation.documents} pages; {ROWS} rows; "
         f"{config['embed_steps']} steps of embedding tuning and {config['steps']} of partial tuning, batch "
         f"{config['batch_size']}, learning rates {config['embed_lr']} and {config['lr']} standard deviations of the "
         f"table; greedy, at most {NEW_TOKENS} new tokens. Machine: {cpu['cpu']}, {cpu['cores']} cores. Training, "
         f"generation and scoring took {minutes:.0f} minutes.\n\n"
-        + "\n".join(f"- {name}: `{value}`" for name, value in first.signatures.items())
-        + "".join(f"\n- {note}" for note in first.notes)
+        + "\n".join(f"- {name}: `{value}`" for name, value in evaluation.signatures.items())
+        + "".join(f"\n- {note}" for note in evaluation.notes)
+        + (f"\n\n**Not measured yet:** {'; '.join(missing)}." if missing else "")
     )
-    for part in ("main", "verses"):
-        found[part] = "\n\n".join(
-            f"### {named(which)}\n\n{figures_table([(system.label, system) for system in evaluation.ordered])}\n\n"
-            f"{leads_table(evaluation)}"
-            for which, evaluation in evaluations_of(parts, part).items()
-        )
-    seeds = evaluations_of(parts, "seeds")
-    found["seeds"] = markdown_table(
-        ("held-out loss", *(system.label for system in next(iter(seeds.values())).ordered)),
-        [
-            (named(which), *(
-                " / ".join(f"{value:.3f}" for value in system.figures["loss"].per_seed)
-                for system in evaluation.ordered
-            ))
-            for which, evaluation in seeds.items()
-        ],
-    )  # fmt: skip
-    head, cells = occurrence_table(first)
-    found["occurrences"] = markdown_table(
-        ("row", *head), [(tokens_of([row.token]), *cells[row.token_id]) for row in first.occurrences]
-    )
-    found["single"] = markdown_table(
-        ("row alone", "dev loss"),
-        [
-            (tokens_of([each["token"]]), f"{each['loss']:.3f}")
-            for each in sorted(next(iter(parts["single"].values())), key=lambda each: each["loss"])
-        ],
-    )
-    found["transfer"] = figures_table(
-        [
-            (f"{named(which)}, {what}", patch_of(evaluation))
-            for which, transferred in evaluations_of(parts, "transfer").items()
-            for what, evaluation in (("tuned alone", main[which]), ("transferred", transferred))
-        ]
-    )
-    sizes_of = sorted(next(iter(tickets.values()))["frequent"], key=int)
-    found["ticket"] = markdown_table(
-        ("", "tokens seen", "largest D", "rows with p < 0.05", "rank correlation of D and frequency",
-         *(f"of its top {k}, among the {k} most frequent" for k in sizes_of), "its tokens by D"),
-        [
-            (named(which), f"{t['seen']:,}", f"{t['largest']:.3f}", t["significant"], f"{t['spearman']:.2f}",
-             *(t["frequent"][k] for k in sizes_of), tokens_of(t["tokens"]))
-            for which, t in tickets.items()
-        ],
-    )  # fmt: skip
-    found["overlap"] = markdown_table(
-        (f"shared among the first {ROWS}", *map(named, tickets)),
-        [
-            (named(a), *(
-                "" if a == b
-                else f"{len(set(tickets[a]['top']) & set(tickets[b]['top']))} "
-                f"({len(set(tickets[a]['most_frequent']) & set(tickets[b]['most_frequent']))})"
-                for b in tickets
-            ))
-            for a in tickets
-        ],
-    )  # fmt: skip
-    found["certificates"] = markdown_table(
-        ("", "bit-equal inputs", "same next token", "same output", "margin above 2 tau", "of these, changed"),
-        [
-            (
-                f"{named(which)}, {mode}",
-                f"{c.exact} of {c.pairs}",
-                *(f"{bound.share:.0%}, at least {at_least(bound.lower)}" for bound in (c.next_token, c.continuation)),
-                f"{c.margin.certified} of {c.margin.examples}",
-                c.margin.violations,
-            )
-            for which, modes in parts["certificates"].items()
-            for mode, value in modes.items()
-            for c in (read(Certificate, value),)
-        ],
-    )
-    sizes, power = (next(iter(parts[part].values())) for part in ("sizes", "power"))
-    found["alpha"] = markdown_table(
-        ("alpha", *sizes["significant"]), [("rows with p < alpha", *sizes["significant"].values())]
-    )
-    found["sizes"] = figures_table(
-        sorted(
-            (("base" if system.name == "base" else "KS ticket", system)
-             for system in read(Evaluation, sizes["evaluation"]).systems),
-            key=lambda row: row[1].rows,
-        )
-    )  # fmt: skip
-    found["power"] = markdown_table(
-        ("learning rate", "held-out loss of the tuned embedding", "largest D", *(f"p < {alpha}" for alpha in ALPHAS)),
-        [
-            (rate, f"{tuned['loss']:.3f}", f"{tuned['largest']:.3f}", *tuned["significant"].values())
-            for rate, tuned in power.items()
-        ],
-    )
-    systems = [read(SystemScores, system) for system in next(iter(parts["places"].values()))]
-    found["places"] = figures_table([(system.name, system) for system in systems], "rows act on")
-    found["templates"] = figures_table(
-        [
-            (f"{name}: {system.label}", system)
-            for name, evaluation in next(iter(parts["templates"].values())).items()
-            for system in read(Evaluation, evaluation).systems
-        ],
-        "prompt",
-    )
-    found["elsewhere"] = figures_table(
-        [
-            (f"{named(which)}, on {DOMAINS[domain]}: {system.label}", system)
-            for which, domains in parts["elsewhere"].items()
-            for domain, evaluation in domains.items()
-            for system in read(Evaluation, evaluation).systems
-        ],
-        "patch",
-    )
-    harm = next(iter(parts["harm"].values()))
-    found["harm"] = markdown_table(
-        ("loss per token", *map(language_name, harm)),
-        [
-            (name, *(f"{losses[name]:.3f}" for losses in harm.values()))
-            for name in next(iter(harm.values()))
-        ],
-    )  # fmt: skip
+
+
+def values(kept: dict[str, dict[str, dict]]) -> dict[str, dict]:
+    return {part: {which: one["value"] for which, one in of.items()} for part, of in kept.items()}
+
+
+def tables(kept: dict[str, dict[str, dict]], damping_results: dict) -> dict[str, str]:
+    """Every part of the document that can be made, by name."""
+    found, parts = {"damping": damping_table(damping_results)}, values(kept)
+    if parts["main"]:
+        found["setting"] = setting(kept)
+    for name, function in TABLES.items():
+        needs = [parts[part] for part in inspect.signature(function).parameters]
+        if all(needs):
+            found[name] = function(*needs)
     return found
 
 
@@ -509,7 +576,7 @@ def fill(document: str, parts: dict[str, str]) -> str:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=".demo")
 @click.option("--tables", "only_tables", is_flag=True, help="Write the tables of the kept results only.")
-def main(folder: Path, only_tables: bool) -> None:
+def run_study(folder: Path, only_tables: bool) -> None:
     if not only_tables:
         RESULTS.mkdir(exist_ok=True)
         with RichReporter(console) as reporter:
@@ -521,4 +588,4 @@ def main(folder: Path, only_tables: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_study()
