@@ -538,7 +538,7 @@ def setting(kept: dict[str, dict[str, dict]]) -> str:
         f"{config['embed_steps']} steps of embedding tuning and {config['steps']} of partial tuning, batch "
         f"{config['batch_size']}, learning rates {config['embed_lr']} and {config['lr']} standard deviations of the "
         f"table; greedy, at most {NEW_TOKENS} new tokens. Machine: {cpu['cpu']}, {cpu['cores']} cores. Training, "
-        f"generation and scoring took {minutes:.0f} minutes.\n\n"
+        f"generation and scoring took {minutes:.0f} minutes, beside what runs that were cut off had finished.\n\n"
         + "\n".join(f"- {name}: `{value}`" for name, value in evaluation.signatures.items())
         + "".join(f"\n- {note}" for note in evaluation.notes)
         + (f"\n\n**Not measured yet:** {'; '.join(missing)}." if missing else "")
