@@ -8,10 +8,10 @@ again where its settings changed, or its file is deleted.
 """
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import re
-import time
 from pathlib import Path
 
 import click
@@ -62,6 +62,10 @@ PAIRS, NEW_TOKENS = 48, 60
 ONE_ROW = ("\n", "<bos>", ":")
 OTHER_RATE = 0.05  # of the embedding tuning, for the power of the test
 ALPHAS = (0.2, 0.1, 0.05, 0.01, 0.001)
+CONSTANTS = {
+    "rows": ROWS, "sizes": SIZES, "seeds": SEEDS, "pairs": PAIRS, "new_tokens": NEW_TOKENS, "one_row": ONE_ROW,
+    "other_rate": OTHER_RATE, "alphas": ALPHAS, "places": PLACES,
+}  # fmt: skip
 COLUMNS = ("loss", "chrf", "chrf_first_line", "bleu_first_line", "in_language", "stop_rate", "characters")
 
 
@@ -82,7 +86,7 @@ def settings(folder: Path, domain: str, language: str) -> BuildConfig:
 
 
 def row_name(token: str) -> str:
-    return f"the row {json.dumps(token)} alone"
+    return f"the row `{json.dumps(token)}` alone"
 
 
 class Study:
@@ -100,27 +104,34 @@ class Study:
     def once(self, which, part):
         build = self.builds[which]
         config = dataclasses.asdict(build.config) | {"base": "gemma3", "pairs": "/".join(which)}
-        of = json.loads(json.dumps({"config": config, "digest": build.loaded.digest, "pairs": PAIRS, "sizes": SIZES}))
+        texts = self.folder / "udhr" / f"en-{which[1]}.jsonl"
+        of = {
+            "config": config,
+            "base": build.loaded.digest,
+            "examples": build._examples_digest,
+            "held_out": build.held_out.digest,
+            "declaration": hashlib.sha256(texts.read_bytes()).hexdigest(),
+            "constants": CONSTANTS,
+        }
+        of = json.loads(json.dumps(of))
         file = RESULTS / f"{part}-{'-'.join(which)}.json"
         if file.is_file() and json.loads(file.read_bytes())["of"] == of:
             return
-        begun = time.perf_counter()
-        value = getattr(self, part)(build, self.patch(which))
-        seconds = round(time.perf_counter() - begun)
-        kept = {"of": of, "machine": machine(), "seconds": seconds, "value": value}
+        kept = {"of": of, "machine": machine(), "value": getattr(self, part)(build, self.patch(which))}
         write_atomically(file, (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode())
-        self.reporter.note("part", f"{' '.join(which)}: {part} is done, {seconds} s")
+        self.reporter.note("part", f"{' '.join(which)}: {part} is done")
 
     def patch(self, which):
         if which not in self.patches:
             self.patches[which] = self.builds[which].patch()
         return self.patches[which]
 
-    def score(self, build, systems, held_out=None):
+    def score(self, build, systems, held_out=None, part="held-out"):
         held_out = held_out or build.held_out.first(PAIRS)
         result = evaluate(
             build.model, build.tokenizer, held_out, systems, self.reporter,
-            max_new_tokens=NEW_TOKENS, cache=build.outputs, part="held-out",
+            max_new_tokens=NEW_TOKENS, cache=build.outputs, part=part,
+            source_language="en",
         )  # fmt: skip
         return write(result)
 
@@ -255,7 +266,9 @@ class Study:
         for domain in ("gnome", "quran"):
             if domain != own and (domain, language) in self.builds:
                 texts[domain] = self.builds[domain, language].held_out.first(PAIRS)
-        return {domain: self.score(build, {"patch": {0: patch}}, held_out) for domain, held_out in texts.items()}
+        return {
+            domain: self.score(build, {"patch": {0: patch}}, held_out, "given") for domain, held_out in texts.items()
+        }
 
     def harm(self, build, patch):
         """Loss per token of text that is nobody's task: the Declaration in several languages, without any prompt."""
@@ -317,7 +330,12 @@ def leads_table(evaluation: Evaluation) -> str:
 
 
 def tokens_of(tokens: list[str]) -> str:
-    return " ".join(f"`{json.dumps(token, ensure_ascii=False)}`" for token in tokens)
+    return " ".join(
+        f"`` {json.dumps(token, ensure_ascii=False)} ``"
+        if "`" in token
+        else f"`{json.dumps(token, ensure_ascii=False)}`"
+        for token in tokens
+    )
 
 
 def damping_table(results: dict) -> str:
@@ -349,10 +367,16 @@ def kept_results() -> dict[str, dict[str, dict]]:
         part: {"-".join(which): RESULTS / f"{part}-{'-'.join(which)}.json" for which in wanted}
         for part, wanted in WANTED.items()
     }
-    return {
+    kept = {
         part: {which: json.loads(file.read_bytes()) for which, file in of.items() if file.is_file()}
         for part, of in files.items()
     }
+    known = {
+        json.dumps([one["of"][name] for name in ("constants", "base")]) for of in kept.values() for one in of.values()
+    }
+    if len(known) > 1:
+        raise ValueError("the kept parts are of several settings or bases: make those of before again.")
+    return kept
 
 
 TABLES = {}
@@ -369,8 +393,8 @@ def evaluations(part: dict) -> dict[str, Evaluation]:
 
 
 def only(part: dict):
-    """What a part has that is measured on one build."""
-    return next(iter(part.values()))
+    """What a part has of the first build, on which some are measured alone."""
+    return part["-".join(FIRST)]
 
 
 @table
@@ -518,7 +542,7 @@ def elsewhere(elsewhere):
 @table
 def harm(harm):
     by_language = only(harm)
-    names = only(by_language)
+    names = next(iter(by_language.values()))
     lines = [(name, *(f"{losses[name]:.3f}" for losses in by_language.values())) for name in names]
     return markdown_table(("loss per token", *map(language_name, by_language)), lines)
 
@@ -527,7 +551,6 @@ def setting(kept: dict[str, dict[str, dict]]) -> str:
     """What everything was measured with, and what is not measured yet."""
     each = [one for of in kept.values() for one in of.values()]
     config, cpu, evaluation = each[0]["of"]["config"], each[0]["machine"], only(evaluations(values(kept)["main"]))
-    minutes = sum(one["seconds"] for one in each) / 60
     missing = [
         f"{part} ({', '.join(left)})"
         for part, wanted in WANTED.items()
@@ -537,8 +560,7 @@ def setting(kept: dict[str, dict[str, dict]]) -> str:
         f"{evaluation.pairs} held-out sentences of {evaluation.documents} pages; {ROWS} rows; "
         f"{config['embed_steps']} steps of embedding tuning and {config['steps']} of partial tuning, batch "
         f"{config['batch_size']}, learning rates {config['embed_lr']} and {config['lr']} standard deviations of the "
-        f"table; greedy, at most {NEW_TOKENS} new tokens. Machine: {cpu['cpu']}, {cpu['cores']} cores. Training, "
-        f"generation and scoring took {minutes:.0f} minutes, beside what runs that were cut off had finished.\n\n"
+        f"table; greedy, at most {NEW_TOKENS} new tokens. Machine: {cpu['cpu']}, {cpu['cores']} cores.\n\n"
         + "\n".join(f"- {name}: `{value}`" for name, value in evaluation.signatures.items())
         + "".join(f"\n- {note}" for note in evaluation.notes)
         + (f"\n\n**Not measured yet:** {'; '.join(missing)}." if missing else "")

@@ -292,7 +292,11 @@ def from_base(metric: str, figure: Figure) -> str:
 
 def difference(metric: str, found: Difference) -> str:
     """A difference with its sign, and its interval in brackets where it has one."""
-    between = "" if found.low is None else f" ({signed(metric, found.low)} to {signed(metric, found.high or 0)})"
+    between = (
+        ""
+        if found.low is None or found.high is None
+        else f" ({signed(metric, found.low)} to {signed(metric, found.high)})"
+    )
     return signed(metric, found.value) + between
 
 
@@ -325,9 +329,10 @@ def which_occur(evaluation: Evaluation) -> str:
         return f"Each row occurs in at least one of the {evaluation.pairs} prompts."
     more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
     occur = "occurs" if len(absent) == 1 else "occur"
+    nowhere = sum(not row.prompt and not row.answer for row in rows)
     return (
         f"{len(absent)} of {len(rows)} rows {occur} in none of the {evaluation.pairs} prompts: "
-        f"{', '.join(absent[:_NAMED])}{more}, and cannot have helped there."
+        f"{', '.join(absent[:_NAMED])}{more}; {nowhere or 'none'} of these in no reference answer either."
     )
 
 

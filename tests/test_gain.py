@@ -31,9 +31,9 @@ from ksl_patch.patch import TemplateMeta
 from ksl_patch.report.page import make_report
 from ksl_patch.store.card import make_card
 from ksl_patch.ticket import given_ticket
-from ksl_patch.train.build import Build, BuildConfig
+from ksl_patch.train.build import Build, BuildConfig, reopen
 from ksl_patch.train.compare import make_systems, occurrences
-from ksl_patch.train.data import Pair, encode
+from ksl_patch.train.data import Pair, encode, source_tokens
 from ksl_patch.train.evaluate import Outputs, Scorer
 from ksl_patch.train.language import recogniser
 from ksl_patch.train.progress import SilentReporter
@@ -86,6 +86,13 @@ def test_the_parts_of_a_gain_are_its_figures_and_make_up_the_whole():
         assert found.stopping.value == pytest.approx(found.raw.value - found.content.value)
         assert found.stopping.low < found.stopping.value < found.stopping.high
     assert found.raw.value < 0
+
+
+def test_references_of_several_lines_are_not_split():
+    references = ["El gato.\nLa mano.", *REFERENCES[1:]]
+    scorer = Scorer(references, language="es")
+    assert scorer.split(outputs(references), outputs(REFERENCES)) is None
+    assert "References have several lines" in scorer.notes[-1]
 
 
 def with_split(split):
@@ -219,6 +226,24 @@ def test_what_a_tokenizer_puts_before_a_source_is_instruction(model, tokenizer):
     assert found == {"<s>": (3, 0, 3, 0, 3), "The": (0, 1, 1, 0, 1)}
 
 
+def test_rows_are_counted_in_the_prompts_that_were_measured(model, tokenizer):
+    """Which need not be in the patch's own template."""
+    pairs = [Pair("The cat.", "El gato."), Pair("the the the", "El El")]
+    [i] = given_ticket([":"], tokenizer, 400).token_ids.tolist()
+    rows = model.get_input_embeddings().weight.detach()[[i]] + 1
+    patch = Patch.from_model(model, [i], rows, name="es", tokenizer=tokenizer, template=TEMPLATE)
+    other = encode(TemplateMeta(text="{source}:", chat=False), pairs, tokenizer, 1, 64)
+    [found], _ = occurrences(tokenizer, other, patch)
+    assert (found.instruction, found.source) == (2, 0)
+
+
+def test_spaces_of_a_sentence_are_the_sentence_s(tokenizer):
+    trimmed = copy.deepcopy(tokenizer)
+    trimmed.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    pair, template = Pair("The  cat   x", "El"), TemplateMeta(text="Say: {source}:", chat=False)
+    assert source_tokens(trimmed, template, pair) == source_tokens(tokenizer, template, pair)
+
+
 def test_a_tokenizer_that_does_not_tell_characters_counts_prompts_as_a_whole(model, tokenizer):
     found, [note] = counted(model, Slow(tokenizer), [":", "El"])
     assert found == {":": (None, None, 10, 0, 3), "El": (None, None, 0, 3, 0)}
@@ -231,14 +256,14 @@ def test_rows_that_never_occur_are_named():
 
     some = dataclasses.replace(evaluation(), occurrences=[row(0, 3), row(1, 0), row(2, 0)])
     assert which_occur(some) == (
-        "2 of 3 rows occur in none of the 64 prompts: ' 1', ' 2', and cannot have helped there."
+        "2 of 3 rows occur in none of the 64 prompts: ' 1', ' 2'; none of these in no reference answer either."
     )
     one = dataclasses.replace(evaluation(), occurrences=[row(0, 3), row(1, 0)])
-    assert which_occur(one).startswith("1 of 2 rows occurs in none of the 64 prompts: ' 1', and")
+    assert which_occur(one).startswith("1 of 2 rows occurs in none of the 64 prompts: ' 1';")
     every = dataclasses.replace(evaluation(), occurrences=[row(0, 3)])
     assert which_occur(every) == "Each row occurs in at least one of the 64 prompts."
     many = dataclasses.replace(evaluation(), occurrences=[row(i, 0) for i in range(30)])
-    assert "' 23' and 6 more, and cannot" in which_occur(many)
+    assert "' 23' and 6 more; none" in which_occur(many)
     assert which_occur(evaluation()) == ""
 
 
@@ -253,7 +278,7 @@ def test_eval_counts_the_rows_and_inspect_and_the_report_show_it(base_folder, pa
     code, out, err = run_cli("eval", path, "--controls", "noise", "--max-new-tokens", "4")
     assert code == 0, err
     sentences = (
-        "1 of 2 rows occurs in none of the 8 prompts: '<s>', and cannot have helped there.",
+        "1 of 2 rows occurs in none of the 8 prompts: '<s>'; 1 of these in no reference answer either.",
         "chrF++ raw, ",
         "stopping (what follows the first line).",
         "py3langid takes the first lines of ",
@@ -271,7 +296,7 @@ def test_eval_counts_the_rows_and_inspect_and_the_report_show_it(base_folder, pa
     assert f'<td class="number">{colon.instruction}</td><td class="number">0</td><td class="number">0</td>' in (
         page.read_text()
     )
-    assert "&#39;&lt;s&gt;&#39;, and cannot have helped there" in page.read_text()
+    assert "&#39;&lt;s&gt;&#39;; 1 of these in no" in page.read_text()
 
 
 # The best single row
@@ -309,6 +334,17 @@ def test_the_best_single_row_is_the_best_of_all_builds_of_one_row(config, tmp_pa
     again = Recorder()
     assert Build(config, run, again).patch().digest == patch.digest
     assert again.begun == []
+
+
+def test_two_selections_of_the_same_row_are_two(config, tmp_path):
+    """Their patches share a digest, and so their record; each is reopened with its own selection."""
+    single = Build(config, tmp_path, SilentReporter()).patch()
+    rows = tuple(single.token_ids.tolist())
+    given = Build(dataclasses.replace(config, selection="ks", rows=rows), tmp_path, SilentReporter()).patch()
+    assert single.digest == given.digest
+    again = reopen(single, tmp_path)
+    assert (again.config.selection, again.config.rows) == ("single", ())
+    assert reopen(given, tmp_path).config.rows == rows
 
 
 def test_of_equal_rows_the_first_is_taken(config, tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def show_samples(samples: list[dict[str, str]]) -> None:
 
 def main(folder: Path) -> None:
     began = time.perf_counter()
-    domain = "gnome" if (folder / "gnome").is_dir() else "quran"
+    domain = "gnome" if (folder / "gnome" / "en-de.jsonl").is_file() else "quran"
     languages, texts, _ = DOMAINS[domain]
     shown, made, first = [], [], None
     for language in languages:

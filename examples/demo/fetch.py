@@ -237,7 +237,6 @@ def main(folder: Path, study: bool) -> None:
         fetch_pairs(folder / "gnome", of_help, LANGUAGES["gnome"])
     except OSError as error:
         say(f"{error}: without GNOME's help the pairs are verses of the Quran, a harder domain")
-        shutil.rmtree(folder / "gnome", ignore_errors=True)
         fetch_pairs(folder / "quran", of_verses, LANGUAGES["quran"])
 
 

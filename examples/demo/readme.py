@@ -8,6 +8,7 @@ recording docs/demo.svg is made.
 """
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +22,12 @@ SENTENCES = 2  # of each language
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def plain(text: str) -> str:
+    """A model's words, which Markdown is not to read."""
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
 
 
 def part(shown: dict[str, Any]) -> str:
@@ -37,10 +43,10 @@ def part(shown: dict[str, Any]) -> str:
     pairs = f"{each[0]['pairs']} of {shown['texts']}, whole pages held out, greedy"
     text = f"Patches of {sizes}; figures on {pairs}:\n\n" + table(header, lines) + "\n"
     text += " ".join(f"{one['language']}: {one['where_from']}" for one in each) + "\n\n"
-    samples = [list(sample.values()) for one in each for sample in one["samples"][:SENTENCES]]
+    samples = [[plain(text) for text in sample.values()] for one in each for sample in one["samples"][:SENTENCES]]
     text += table(list(each[0]["samples"][0]), samples) + "\n"
     text += f"One batch, one model, three choices for *{shown['sentence']}*\n\n"
-    return text + table(["patch", "output, first line"], shown["batch"])
+    return text + table(["patch", "output, first line"], [[who, plain(text)] for who, text in shown["batch"]])
 
 
 def written(readme: str, shown: dict[str, Any]) -> str:

@@ -74,7 +74,7 @@ def eval(
         result = evaluate(
             it.model, it.tokenizer, it.held_out, systems, it.reporter, max_new_tokens=max_new_tokens,
             cache=it.build.outputs if it.build else None, part=it.part, uses=it.count_use(),
-            source_language=it.build.config.source_language if it.build else "en",
+            source_language=it.build.config.source_language if it.build else None,
         )  # fmt: skip
         it.save(evaluation=write(result))
     if as_json:

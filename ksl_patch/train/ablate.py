@@ -45,12 +45,11 @@ def run_at(
     alone. target: the answer alone, whether it is read or written. Raises RunError for a patch that changes the head
     too, or has no template, or a tokenizer that cannot say which characters a token covers.
     """
-    template = patch.meta.template
-    if template is None or patch.meta.side != "input":
-        raise RunError("where rows act can be seen on patches of side 'input' with a template.")
+    if patch.meta.side != "input":
+        raise RunError("where rows act can be seen on patches of side 'input'.")
     positions = []
     for example, pair in zip(held_out.examples, held_out.pairs, strict=True):
-        inside = source_tokens(tokenizer, template, pair)
+        inside = source_tokens(tokenizer, held_out.template, pair)
         if inside is None:
             raise RunError(
                 "where rows act can be seen with a fast tokenizer only: others do not say what a token covers."

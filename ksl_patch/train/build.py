@@ -183,8 +183,10 @@ class Build:
             raise RunError("side 'input+output' is for bases whose head is tied to the embedding; use 'input' here.")
         self.template = template or self._template()
         self.train = self.encode(self.pairs.train, "training")
-        self.dev = self.encode(self.pairs.dev, "dev") if self.pairs.dev else Encoded([], [])
-        self.held_out = self.encode(self.pairs.held_out, "held-out") if self.pairs.held_out else Encoded([], [])
+        self.dev = self.encode(self.pairs.dev, "dev") if self.pairs.dev else Encoded([], [], self.template)
+        self.held_out = (
+            self.encode(self.pairs.held_out, "held-out") if self.pairs.held_out else Encoded([], [], self.template)
+        )
         self.created = self._once("created.json", {"created": timestamp()})["created"]
         if reopened is None:
             self._report_learning_rates()
@@ -639,6 +641,16 @@ class Build:
             self.reporter.note("warning", str(warning.message))
 
 
+def _selected_as(patch: Patch, config: BuildConfig) -> BuildConfig:
+    """The settings with the patch's own selection: two that gave the same rows share a digest, and so a record."""
+    ticket = patch.meta.ticket
+    if ticket is None:
+        return config
+    if ticket.selection == "given":
+        return replace(config, rows=tuple(patch.token_ids.tolist()))
+    return replace(config, rows=(), selection=ticket.selection, alpha=ticket.alpha, top_k=ticket.top_k)  # type: ignore[arg-type]
+
+
 def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes: Any) -> Build:
     """The build that a patch came from, by the record in its run folder.
 
@@ -659,7 +671,7 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
     accumulate, rest = divmod(config.accumulate * processes, launched(config.device).num_processes)
     if rest:
         raise RunError(f"the patch was trained by {processes} processes: run this with one process, or so many.")
-    config = replace(config, accumulate=accumulate)
+    config = _selected_as(patch, replace(config, accumulate=accumulate))
     reporter, template = reporter or SilentReporter(), patch.meta.template
     build = Build(config, run, reporter, reopened=record.machine, template=template)
     training = patch.meta.training

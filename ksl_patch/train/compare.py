@@ -98,18 +98,18 @@ def evaluate(
     resamples: int = 1000,
     part: str | None = None,
     uses: int | None = None,
-    source_language: str = "en",
+    source_language: str | None = None,
 ) -> Evaluation:
     """Run every system and the base on held-out pairs, and score them; see `Scorer` for the intervals.
 
     max_new_tokens: by default what `token_limit` says. cache: where finished runs are kept, so that an evaluation that
     was cut off continues. part: which pairs these are (`Evaluation`); uses: how many patches were measured on them.
-    source_language: of the pairs, which an output may be in.
+    source_language: of the pairs, which an output may be in; English, with a note, where it is not known.
     """
     own = next(iter(systems["patch"].values()))
     scorer = Scorer(
-        held_out.references, language=own.meta.language, source_language=source_language, groups=held_out.groups,
-        resamples=resamples,
+        held_out.references, language=own.meta.language, source_language=source_language or "en",
+        groups=held_out.groups, resamples=resamples,
     )  # fmt: skip
     max_new_tokens = max_new_tokens or token_limit(held_out)
 
@@ -138,8 +138,11 @@ def evaluate(
     reporter.end()
     seeds = len(systems["patch"])
     rows, about_rows = occurrences(tokenizer, held_out, own)
+    assumed = source_language is None and any("in_language" in score.figures for score in scores)
+    guess = "The pairs' own language is not known here; it is taken to be English where an output's language is told."
     notes = [
-        *scorer.notes, *_notes(scores, scorer, seeds, part, uses), *limit_notes(held_out, max_new_tokens), *about_rows,
+        *scorer.notes, *([guess] if assumed else []), *_notes(scores, scorer, seeds, part, uses),
+        *limit_notes(held_out, max_new_tokens), *about_rows,
     ]  # fmt: skip
     return Evaluation(
         pairs=len(held_out),
@@ -172,11 +175,10 @@ def occurrences(tokenizer: Any, held_out: Encoded, patch: Patch) -> tuple[list[O
 
     Where the tokenizer does not say which characters a token covers, instruction and source are counted as one.
     """
-    template = patch.meta.template
     found = {part: Counter[int]() for part in ("source", "prompt", "answer", "prompts")}
-    apart = template is not None
+    apart = True
     for example, pair in zip(held_out.examples, held_out.pairs, strict=True):
-        inside = None if template is None else source_tokens(tokenizer, template, pair)
+        inside = source_tokens(tokenizer, held_out.template, pair)
         if inside is None:
             apart, inside = False, [False] * len(example.prompt)
         found["source"].update(token for token, here in zip(example.prompt, inside, strict=True) if here)

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,17 +56,18 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Pairs and their token ids, in one order."""
+    """Pairs and their token ids, in one order, and the template that they were put into."""
 
     pairs: list[Pair]
     examples: list[Example]
+    template: TemplateMeta
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def first(self, n: int | None) -> Encoded:
         """The first n of them; all for None."""
-        return Encoded(self.pairs[:n], self.examples[:n])
+        return replace(self, pairs=self.pairs[:n], examples=self.examples[:n])
 
     @property
     def longest_answer(self) -> int:
@@ -370,7 +371,7 @@ def encode(template: TemplateMeta, pairs: Sequence[Pair], tokenizer: Any, end: i
         if len(example.prompt) + len(example.answer) <= max_length:
             kept.append(pair)
             examples.append(example)
-    return Encoded(kept, examples)
+    return Encoded(kept, examples, template)
 
 
 def source_tokens(tokenizer: Any, template: TemplateMeta, pair: Pair, *, fields: bool = False) -> list[bool] | None:
@@ -386,7 +387,8 @@ def source_tokens(tokenizer: Any, template: TemplateMeta, pair: Pair, *, fields:
     filled = [i for i in range(1, len(pieces), 2) if fields or pieces[i] == "source"]
     encoded = tokenizer(pair.prompt(template), add_special_tokens=not template.chat, return_offsets_mapping=True)
     return [
-        first < last and any(first < ends[i] and last > ends[i - 1] for i in filled)
+        # A token of spaces may cover nothing, at its place; what a tokenizer adds covers nothing at an end.
+        any(first < ends[i] and last > ends[i - 1] for i in filled)
         for first, last in encoded.offset_mapping
     ]
 

@@ -211,7 +211,9 @@ class Scorer:
         self._known: list[tuple[Outputs, dict[str, np.ndarray]]] = []
         bleu, notes = _bleu(language)
         self._recognises = None if language is None else recogniser(language, source_language)
-        self.notes = [*notes, self._language_note(language)]
+        self._one_line = all(first_line(text) == text.strip() for text in references)
+        several = "References have several lines, so gains are not split into content and stopping."
+        self.notes = [*notes, self._language_note(language), *([] if self._one_line else [several])]
         self._text_metrics = {"chrf": CHRF(word_order=2), "bleu": bleu}
         self.signatures = {}
         for name, metric in self._text_metrics.items():
@@ -239,8 +241,13 @@ class Scorer:
             )
         return found
 
-    def split(self, outputs: Outputs, base: Outputs) -> Split:
-        """Where the gain of one run over the base in chrF++ comes from."""
+    def split(self, outputs: Outputs, base: Outputs) -> Split | None:
+        """Where the gain of one run over the base in chrF++ comes from.
+
+        None where references have several lines: what follows the first one is then content too.
+        """
+        if not self._one_line:
+            return None
         own, before = self._resampled(outputs), self._resampled(base)
         raw, content = (own[name] - before[name] for name in ("chrf", "chrf_first_line"))
         return Split(
