@@ -1,6 +1,6 @@
 """Rows per second of the KS test over tables, beside scipy and beside sorting alone, in one run.
 
-    python benchmarks/ks_scan.py [--base .demo/smollm2 --tuned .demo/run] [--output benchmarks/results/ks_scan.json]
+    python benchmarks/ks_scan.py [--base .demo/gemma3 --tuned .demo/run] [--output benchmarks/results/ks_scan.json]
 
 Every row changed: the worst case. Tuned table: the base's, and the one that an embedding tuning of `make demo` gave.
 Contenders take turns; medians are printed.

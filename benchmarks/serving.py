@@ -1,6 +1,6 @@
 """Serving many patches on one transformers model, beside the base alone and PEFT's ways, in one run.
 
-    python benchmarks/serving.py --base .demo/smollm2 [--output benchmarks/results/serving-cpu.json]
+    python benchmarks/serving.py --base .demo/gemma3 [--output benchmarks/results/serving-cpu.json]
     python benchmarks/serving.py --random llama-8b --device cuda --compile --output benchmarks/results/serving-gpu.json
 
 Contenders take turns; medians are printed, the ratio to the base in the same round first. With --compile the base

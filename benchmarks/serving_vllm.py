@@ -1,6 +1,6 @@
 """Serving many patches with vLLM, beside vLLM without adapters and its own embedding LoRA of the same rows, in one run.
 
-    python benchmarks/serving_vllm.py --base .demo/smollm2 [--output benchmarks/results/serving-vllm-cpu.json]
+    python benchmarks/serving_vllm.py --base .demo/gemma3 [--output benchmarks/results/serving-vllm-cpu.json]
     python benchmarks/serving_vllm.py --random llama-8b-embedding --rows 18 --skip-throughput
 
 Every engine lives in a process of its own that sleeps while the others work; they take turns, and the ratios are those

@@ -1,4 +1,4 @@
-"""Small real things: a tiny Llama with a trained tokenizer, sentence pairs in files, and the real SmolLM2."""
+"""Small real things: a tiny Llama with a trained tokenizer, sentence pairs in files, and the real Gemma 3 270M."""
 
 import io
 import json
