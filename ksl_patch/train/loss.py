@@ -1,6 +1,7 @@
 """The logits that a loss needs: those that predict an answer's tokens, and no others.
 
-A head over 262,144 tokens costs more than twice what the layers of a small model cost; prompts and padding have no loss.
+A head over 262,144 tokens costs more than twice what the layers of a small model cost; prompts and padding have no
+loss.
 """
 
 from __future__ import annotations
