@@ -286,8 +286,8 @@ def test_rows_act_only_where_they_are_let(built):
     assert len({tuple(outputs.losses) for outputs in found.values()}) == len(PLACES)
 
 
-def test_where_rows_act_needs_an_input_side_patch_and_a_template(built):
+def test_where_rows_act_needs_an_input_side_patch(built):
     build, patch, _ = built
-    bare = patch.with_meta(template=None)
-    with pytest.raises(RunError, match="with a template"):
-        run_at(build.model, build.tokenizer, build.held_out, bare, "prompt", max_new_tokens=4)
+    both = patch.with_meta(side="input+output")
+    with pytest.raises(RunError, match="patches of side 'input'"):
+        run_at(build.model, build.tokenizer, build.held_out, both, "prompt", max_new_tokens=4)

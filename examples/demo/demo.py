@@ -148,7 +148,7 @@ def main(folder: Path) -> None:
     tests = [AllRows.of(patch, folder / "run") for patch in made]
     (folder / "report.html").write_text(make_report(made, tests), encoding="utf-8")
     seconds = time.perf_counter() - began
-    found = {"texts": texts, "seconds": seconds, "languages": shown, "sentence": sentence, "batch": batch}
+    found = {"texts": texts, "languages": shown, "sentence": sentence, "batch": batch}
     (folder / "demo.json").write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     patches = " ".join(f"--patch {language}={folder / language}.safetensors" for language in languages)
     console.print(f"{seconds:.0f} s. All of it as a page: {folder / 'report.html'}", highlight=False)

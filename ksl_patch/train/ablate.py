@@ -43,7 +43,7 @@ def run_at(
 
     prompt: the template and the source sentence. template: the prompt without the sentence. source: the sentence
     alone. target: the answer alone, whether it is read or written. Raises RunError for a patch that changes the head
-    too, or has no template, or a tokenizer that cannot say which characters a token covers.
+    too, and for a tokenizer that cannot say which characters a token covers.
     """
     if patch.meta.side != "input":
         raise RunError("where rows act can be seen on patches of side 'input'.")
