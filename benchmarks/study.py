@@ -36,7 +36,7 @@ from ksl_patch.hf import attach
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import TemplateMeta, write_atomically
 from ksl_patch.store.card import markdown_table
-from ksl_patch.ticket import Ticket
+from ksl_patch.ticket import Ticket, given_ticket
 from ksl_patch.train.ablate import PLACES, run_at
 from ksl_patch.train.agreement import certify
 from ksl_patch.train.build import Build, BuildConfig
@@ -96,6 +96,9 @@ class Study:
         self.folder, self.reporter = folder, reporter
         self.run = folder / "study"
         self.builds, self.patches = {}, {}
+        # A part may be measured on the texts of other builds.
+        files = [file for domain in DOMAINS for file in sorted((folder / domain).glob("en-*.jsonl"))]
+        self.texts = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
         loaded = None
         for which in (*HELP, *VERSES):
             build = self.builds[which] = Build(settings(folder, *which), self.run / which[0], reporter, loaded)
@@ -104,13 +107,12 @@ class Study:
     def once(self, which, part):
         build = self.builds[which]
         config = dataclasses.asdict(build.config) | {"base": "gemma3", "pairs": "/".join(which)}
-        texts = self.folder / "udhr" / f"en-{which[1]}.jsonl"
         of = {
             "config": config,
             "base": build.loaded.digest,
             "examples": build._examples_digest,
             "held_out": build.held_out.digest,
-            "declaration": hashlib.sha256(texts.read_bytes()).hexdigest(),
+            "texts": self.texts,
             "constants": CONSTANTS,
         }
         of = json.loads(json.dumps(of))
@@ -137,9 +139,7 @@ class Study:
 
     def by_hand(self, build, token):
         """The patch of one row."""
-        config = dataclasses.replace(build.config, rows=(token,), top_k=None)
-        one = Build(config, build.run, self.reporter, build.loaded)
-        return one.patch_of(one.ticket())
+        return build.patch_of(given_ticket((token,), build.tokenizer, build.base.vocab_size))
 
     def main(self, build, patch):
         """The patch, the tuned embedding, the controls, and rows alone."""

@@ -56,7 +56,7 @@ def build_and_measure(folder: Path, config: BuildConfig, first: Build | None, re
     patch = build.patch()
     evaluation = evaluate(
         build.model, build.tokenizer, build.held_out.first(SCORED), {"patch": {0: patch}}, reporter,
-        max_new_tokens=NEW_TOKENS, cache=build.outputs, part="held-out",
+        max_new_tokens=NEW_TOKENS, cache=build.outputs, part="held-out", source_language=config.source_language,
     )  # fmt: skip
     patch = patch.with_meta(evaluation=write(evaluation))
     path = folder / f"{config.language}.safetensors"
@@ -72,7 +72,7 @@ def show_figures(evaluation: Evaluation) -> list[tuple[str, ...]]:
         for m in METRICS
         if m in evaluation.metrics
     ]
-    result = Table(title=f"{evaluation.what}", title_justify="left", box=box.SIMPLE_HEAD)
+    result = Table(title=evaluation.what, title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("", "base", "patch", f"difference, {evaluation.confidence:.0%} interval"):
         result.add_column(name, justify="right" if name else "left")
     for line in lines:

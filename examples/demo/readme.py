@@ -14,39 +14,39 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ksl_patch.store.card import markdown_table
+
 ROOT = Path(__file__).resolve().parents[2]
 README, SHOWN = ROOT / "README.md", ROOT / "docs" / "demo.json"
 BEGIN, END = "<!-- demo: written by examples/demo/readme.py -->\n", "<!-- end of demo -->\n"
 SENTENCES = 2  # of each language
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
 def plain(text: str) -> str:
-    """A model's words, which Markdown is not to read."""
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
+    """A model's words, which Markdown is not to read; a table sees to the bars itself."""
+    return re.sub(r"([\\`*_<>\[\]])", r"\\\1", text)
 
 
 def part(shown: dict[str, Any]) -> str:
     """The README's lines."""
     each = shown["languages"]
-    header, lines = [""], [[line[0]] for line in each[0]["figures"]]
+    header, lines = ("",), [(line[0],) for line in each[0]["figures"]]
     for one in each:
         level = f"{one['confidence']:.0%}"
-        header += [f"{one['language']}: base, patch", f"difference, {level} interval"]
-        for line, (_, base, patch, difference) in zip(lines, one["figures"], strict=True):
-            line += [f"{base} → **{patch}**", difference]
+        header += (f"{one['language']}: base, patch", f"difference, {level} interval")
+        lines = [
+            (*line, f"{base} → **{patch}**", difference)
+            for line, (_, base, patch, difference) in zip(lines, one["figures"], strict=True)
+        ]
     sizes = " and ".join(f"{len(one['rows'])} rows ({one['bytes']:,} bytes)" for one in each)
     pairs = f"{each[0]['pairs']} of {shown['texts']}, whole pages held out, greedy"
-    text = f"Patches of {sizes}; figures on {pairs}:\n\n" + table(header, lines) + "\n"
+    text = f"Patches of {sizes}; figures on {pairs}:\n\n" + markdown_table(header, lines) + "\n\n"
     text += " ".join(f"{one['language']}: {one['where_from']}" for one in each) + "\n\n"
-    samples = [[plain(text) for text in sample.values()] for one in each for sample in one["samples"][:SENTENCES]]
-    text += table(list(each[0]["samples"][0]), samples) + "\n"
+    samples = [tuple(map(plain, sample.values())) for one in each for sample in one["samples"][:SENTENCES]]
+    text += markdown_table(tuple(each[0]["samples"][0]), samples) + "\n\n"
     text += f"One batch, one model, three choices for *{shown['sentence']}*\n\n"
-    return text + table(["patch", "output, first line"], [[who, plain(text)] for who, text in shown["batch"]])
+    batch = [(who, plain(text)) for who, text in shown["batch"]]
+    return text + markdown_table(("patch", "output, first line"), batch) + "\n"
 
 
 def written(readme: str, shown: dict[str, Any]) -> str:

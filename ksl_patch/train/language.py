@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 # Widely written languages, of which py3langid confuses no two often (docs/figures.md has the figures). With all of its
@@ -10,6 +11,7 @@ from collections.abc import Callable
 _ANSWERS = "ar cs de el en es fa fi fr he hi hu id it ja ko nl pl pt ro ru sv th tr uk vi zh"
 
 
+@functools.cache
 def recogniser(language: str, source_language: str = "en") -> Callable[[str], bool] | None:
     """What says whether a line is in a language, a BCP 47 tag, and not in another or none.
 
