@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -157,6 +158,60 @@ def test_a_preempted_request_goes_on_with_its_patch(another, patches, plain):
     assert next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
 
 
+def test_transformers_own_implementation_of_a_model(another, patches, plain):
+    """It gives token ids as [1, T]."""
+    check_mixed(another(enforce_eager=True, model_impl="transformers"), patches, plain)
+
+
+def test_warm_up_batches_between_requests(another, patches, plain):
+    """What an idle rank of data parallelism computes, with adapters of the ids 1, 2, ... that are somebody's here."""
+    llm = another(enforce_eager=True)
+    texts = prompts(5, 40, 17, 60)
+    own = {n: adapter(n, i, request(patches[n]).lora_path) for i, n in enumerate(PATCHES, 1)}
+    for _ in range(2):
+        found = tokens(greedy(llm, texts, [None, *own.values()]))
+        wanted = zip((None, *PATCHES), texts, strict=True)
+        assert found == [expected(plain[choice], text) for choice, text in wanted]
+        llm.collective_rpc("execute_dummy_batch")
+
+
+def test_a_patch_that_was_read_needs_its_file_no_more(another, patches, plain, model, tmp_path):
+    """vLLM puts adapters aside, and takes them up again inside a step, where an error ends the engine."""
+    llm = another(enforce_eager=True, max_loras=1, max_cpu_loras=1)
+    text = prompts(20)[0]
+    for name in ("a", "b"):
+        patches[name].save(tmp_path / f"{name}.safetensors")
+    first, second = (adapter(n, i, tmp_path / f"{n}.safetensors") for i, n in enumerate(("a", "b"), 40))
+    for turn in range(2):
+        for choice, key in ((first, "a"), (second, "b")):
+            assert tokens(greedy(llm, [text], [choice])) == [expected(plain[key], text)], turn
+        (tmp_path / "a.safetensors").unlink(missing_ok=True)
+
+
+def test_what_cannot_be_served_fails_its_own_request(another, patches, plain, model, tmp_path):
+    llm = another(enforce_eager=True)
+    good, text = request(patches["a"], "a"), prompts(20)[0]
+    for what, (bad, why) in refusals(model, tmp_path).items():
+        found = greedy(llm, [text] * 3, [good, bad, None])
+        assert [output.outputs[0].finish_reason for output in found] == ["length", "error", "length"], what
+        assert tokens(found) == [expected(plain["a"], text), [], expected(model, text)]
+        assert re.search(why, found[1].outputs[0].stop_reason), what
+
+
+def test_a_base_that_was_reloaded_takes_its_own_patches_alone(tokenizer, tmp_path):
+    first, other = (tiny_llama(hidden_size=128, seed=seed, tied=False) for seed in (8, 9))
+    for name, model in (("first", first), ("other", other)):  # vLLM does not reload a tied head
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    llm = start(str(tmp_path / "first"), lora_target_modules=["embed_tokens"], enforce_eager=True)
+    text, old, new = prompts(20)[0], some_patch(first, 3, IDS), some_patch(other, 3, IDS)
+    assert tokens(greedy(llm, [text], [request(old, "old")])) == [expected(overwritten(first, old), text)]
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tmp_path / "other")})
+    found = greedy(llm, [text] * 3, [request(old, "old"), None, request(new, "new")])
+    assert "31 of the patch's 31 base rows differ" in found[0].outputs[0].stop_reason
+    assert tokens(found)[1:] == [expected(other, text), expected(overwritten(other, new), text)]
+
+
 def test_speculative_decoding(another, patches, model, plain):
     speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     llm = another(enforce_eager=True, speculative_config=speculative)
@@ -219,6 +274,19 @@ def test_the_head_of_a_tied_model_is_patched_too(engine, model, plain, separate)
         given += [next(iter(entry.values())).logprob for entry in output.outputs[0].logprobs]
         torch.testing.assert_close(torch.tensor(given), wanted, rtol=0, atol=2e-3)
     assert expected(reference, texts[0]) != expected(overwritten(model, input_only(patch)), texts[0])
+
+
+def test_log_probabilities_of_a_prompt_that_fills_its_batches(engine, model):
+    """Chunks of 32 tokens are the whole batch: the logits' rows are all positions and not those that are sampled."""
+    patch = output_patch(model)
+    own = overwritten(model, patch)
+    greedy(engine, prompts(5, 6, 7), [None] * 3)  # what is left of it is not for what comes
+    for choice, reference in ((request(patch), own), (None, model)):
+        prompt = prompts(70, seed=4)[0]
+        output = greedy(engine, [prompt], [choice], 2, prompt_logprobs=0)[0]
+        given = torch.tensor([next(iter(entry.values())).logprob for entry in output.prompt_logprobs[1:]])
+        torch.testing.assert_close(given, logprobs(reference, prompt), rtol=0, atol=2e-3)
+    assert (logprobs(own, prompt) - logprobs(model, prompt)).abs().max() > 0.1
 
 
 def input_only(patch):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ksl_patch.bank.tables import LOW, WIDTH, BankTensors, SlotRows, bucket_entries, check_rows, hash_ids
+from ksl_patch.bank.tables import EMPTY, LOW, WIDTH, BankTensors, SlotRows, bucket_entries, check_rows, hash_ids
 from ksl_patch.errors import BankError
 
 # Spare room that a full tensor grows by: a sixteenth. Copying stays cheap and little memory lies idle.
@@ -546,7 +546,7 @@ class PatchBank:
                 places[number] = start, first = buckets.take(room.buckets), outputs.take(room.outputs)
                 found = old.entries[slot.buckets : slot.buckets + room.buckets]
                 to = (found & ~LOW) | where[torch.where(found >= 0, found & LOW, 0)]
-                new.entries[start : start + room.buckets] = torch.where(found >= 0, to, -1)
+                new.entries[start : start + room.buckets] = torch.where(found >= 0, to, EMPTY)
                 if slot.output:
                     found = old.outputs[slot.outputs : slot.outputs + k]
                     new.outputs[first : first + k] = (found & ~LOW) | where[found & LOW]
@@ -599,7 +599,7 @@ class PatchBank:
         self._idle.pop(number, None)
         with self._writing():
             self.tensors.table[number] = 0
-            self.tensors.entries[slot.buckets : slot.buckets + room.buckets] = -1
+            self.tensors.entries[slot.buckets : slot.buckets + room.buckets] = EMPTY
         self._give_back(room, rows, slot.buckets, slot.outputs)
         self._taken = self._taken.plus(room, -1)
         slot.bank_rows, slot.buckets, slot.outputs = None, 0, 0

@@ -10,9 +10,11 @@ import torch
 
 from ksl_patch.errors import BankError
 
-# A bucket of the hash table is one cache line: eight entries of (token id << 32 | bank row), -1 where empty.
+# A bucket of the hash table is one cache line: eight entries of (token id << 32 | bank row). An empty one has an id
+# that nobody asks for, not even as padding, where runtimes have -1.
 WIDTH = 8
 LOW = 0xFFFFFFFF
+EMPTY = -(1 << 63)
 # Odd numbers of 31 bits, drawn once.
 _MULTIPLIERS = [int(m) | 1 for m in np.random.default_rng(0).integers(1 << 30, 1 << 31, 16)]
 
@@ -35,7 +37,7 @@ class SlotRows:
 class BankTensors:
     """The four tensors of a bank at one moment. Whoever takes them together sees one state of it.
 
-    rows: [R, d]. entries: int64 [E, 8], buckets of (token id << 32 | bank row), -1 where empty, bucket 0 always.
+    rows: [R, d]. entries: int64 [E, 8], buckets of (token id << 32 | bank row) or EMPTY, as all of bucket 0 is.
     outputs: int64 [P], runs of the same for the head's rows of the slots that change it, entry 0 being nobody's.
     table: int64 [S, 5], a slot's first bucket, mask, multiplier, and first entry and number of entries in `outputs`;
     slot 0 is the base, and an empty slot finds nothing, as the base.
@@ -51,7 +53,7 @@ class BankTensors:
         """Tensors of these sizes in which no slot finds anything."""
         return cls(
             torch.zeros(rows, d, dtype=dtype, device=device),
-            torch.full((buckets, WIDTH), -1, device=device),
+            torch.full((buckets, WIDTH), EMPTY, device=device),
             torch.zeros(outputs, dtype=torch.int64, device=device),
             torch.zeros(slots, 5, dtype=torch.int64, device=device),
         )
@@ -64,7 +66,8 @@ class BankTensors:
     def lookup(self, slots: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Bank row of each position, or -1 for the base's own row.
 
-        slots: int64, broadcastable to token_ids' shape; token_ids: int64 or int32. Returns int64 of that shape.
+        slots: int64, broadcastable to token_ids' shape; token_ids: int64 or int32, where -1, padding, is nobody's.
+        Returns int64 of that shape.
         One bucket is read for each position: multiply-shift hashing, with a multiplier that keeps a slot's
         buckets from overflowing (Dietzfelbinger et al., "A reliable randomized algorithm for the closest-pair
         problem", 1997).
@@ -124,6 +127,6 @@ def hash_ids(token_ids: np.ndarray) -> tuple[int, int, np.ndarray]:
 
 def bucket_entries(token_ids: np.ndarray, rows: np.ndarray, buckets: int, positions: np.ndarray) -> np.ndarray:
     """The buckets of a slot, int64 [buckets, 8], whose ids are in these bank rows int64 [k]."""
-    entries = np.full((buckets, WIDTH), -1, dtype=np.int64)
+    entries = np.full((buckets, WIDTH), EMPTY, dtype=np.int64)
     entries.reshape(-1)[positions] = (token_ids << 32) | rows
     return entries

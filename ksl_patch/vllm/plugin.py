@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import logging
-from pathlib import Path
 from typing import Any
 
 SUPPORTED = ("0.32",)
@@ -46,85 +46,82 @@ def incompatibility() -> str | None:
 
 def _touched() -> list[tuple[str, bool]]:
     """Every name of vLLM that is touched or relied on beyond its official hooks, and whether it is as expected."""
+    from vllm.config.lora import LoRAConfig
     from vllm.lora import layers, model_manager, utils, worker_manager
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.punica_wrapper import PunicaWrapperBase, punica_cpu
     from vllm.lora.request import LoRARequest
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
     from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.worker import lora_model_runner_mixin
 
     cached = worker_manager.LRUCacheWorkerLoRAManager
     embedding = layers.VocabParallelEmbeddingWithLoRA
     punica = inspect.getsource(PunicaWrapperBase)
+    core = inspect.getsource(EngineCore)
 
     def takes(function: Any, *names: str) -> bool:
         return set(names) <= set(inspect.signature(function).parameters)
 
     return [
         ("vllm.lora.utils._all_lora_classes", embedding in getattr(utils, "_all_lora_classes", ())),
-        ("WorkerLoRAManager._load_adapter", takes(worker_manager.WorkerLoRAManager._load_adapter, "lora_request")),
+        ("LoRAModelRunnerMixin", getattr(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", None) is not None),
+        ("WorkerLoRAManager._load_adapter", takes(cached._load_adapter, "lora_request")),
+        ("WorkerLoRAManager._cached_dummy_lora", "_cached_dummy_lora" in inspect.getsource(worker_manager)),
         ("LRUCacheWorkerLoRAManager.add_adapter", takes(cached.add_adapter, "lora_request")),
         ("LRUCacheLoRAModelManager", takes(model_manager.LRUCacheLoRAModelManager.activate_adapter, "lora_id")),
         ("VocabParallelEmbeddingWithLoRA.set_lora", takes(embedding.set_lora, "index", "lora_a", "lora_b")),
         ("LoRAModel", takes(LoRAModel.__init__, "lora_model_id", "rank", "loras")),
         ("LoRARequest", takes(LoRARequest, "lora_name", "lora_int_id", "lora_path", "load_inplace")),
+        ("LoRAConfig.compute_hash", hasattr(LoRAConfig, "compute_hash")),
         ("LogitsProcessor.forward", takes(LogitsProcessor.forward, "lm_head", "hidden_states", "embedding_bias")),
+        ("EngineCore.add_request", takes(EngineCore.add_request, "request", "request_wave")),
+        ("EngineCore.collective_rpc", "model_executor" in core and takes(EngineCore.collective_rpc, "method")),
         ("CpuPlatform.check_and_update_config", takes(CpuPlatform.check_and_update_config, "vllm_config")),
         ("punica_cpu.sgmv_shrink", takes(punica_cpu.sgmv_shrink, "lora_indices_tensor", "seq_len_tensor")),
         ("PunicaWrapperBase", "_token_lora_indices" in punica and "_sampler_indices" in punica),
-    ]  # fmt: skip
+        ("PunicaWrapperBase.update_metadata", takes(PunicaWrapperBase.update_metadata, "mapping", "lora_index_to_id")),
+    ]
 
 
 def _touch() -> None:
-    from vllm.lora import utils, worker_manager
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora import utils
     from vllm.lora.request import LoRARequest
-    from vllm.v1.worker import worker_base
+    from vllm.v1.worker import lora_model_runner_mixin, worker_base
 
+    from ksl_patch.vllm import engine
     from ksl_patch.vllm.layer import PatchedEmbedding
-    from ksl_patch.vllm.loader import load_adapter
+    from ksl_patch.vllm.manager import PatchManager
 
     utils._all_lora_classes = (PatchedEmbedding, *utils._all_lora_classes)
+    lora_model_runner_mixin.LRUCacheWorkerLoRAManager = PatchManager
+    worker_base.WorkerBase.ksl_patch_bank = _bank  # for `collective_rpc`, from the routes
+    worker_base.WorkerBase.ksl_patch_read = _read  # and from the engine
+    engine.admit_requests()
 
-    stock_load = worker_manager.WorkerLoRAManager._load_adapter
-
-    @functools.wraps(stock_load)
-    def load(self: Any, lora_request: LoRARequest) -> Any:
-        return load_adapter(self, stock_load, lora_request)
-
-    worker_manager.WorkerLoRAManager._load_adapter = load
-
-    # vLLM trusts ids to be unique; two API servers, or a caller, may give one to two contents.
-    stock_add = worker_manager.LRUCacheWorkerLoRAManager.add_adapter
-
-    @functools.wraps(stock_add)
-    def add(self: Any, lora_request: LoRARequest) -> Any:
-        paths = self.__dict__.setdefault("ksl_patch_paths", {})
-        number, path, manager = lora_request.lora_int_id, lora_request.lora_path, self._adapter_manager
-        # Called for every adapter of a batch in every step: what is loaded is used without vLLM's list of all.
-        loaded = manager.get_adapter(number) is not None
-        if loaded and paths.get(number) == path and not lora_request.load_inplace:
-            manager.activate_adapter(number)
-            return True
-        if loaded and paths.get(number, path) != path:
-            if not lora_request.load_inplace:
-                raise ValueError(f"{path} and {paths[number]} were given one adapter id, {number}.")
-            if Path(path).is_file() or Path(paths[number]).is_file():
-                raise ValueError("a patch is not changed in place, where requests in flight would see it: replace it.")
-        added = stock_add(self, lora_request)
-        paths[number] = path
-        if len(paths) > 2 * len(manager) + 64:
-            self.ksl_patch_paths = {known: paths[known] for known in self.list_adapters() if known in paths}
-        return added
-
-    worker_manager.LRUCacheWorkerLoRAManager.add_adapter = add
+    # What was compiled for the embedding layers of an engine without this package is not for ours, nor the reverse.
+    stock_hash = LoRAConfig.compute_hash
+    LoRAConfig.compute_hash = functools.wraps(stock_hash)(lambda self: f"{stock_hash(self)}-{_code()}")
 
     _compile_on_cpu()
     _leave_the_base_alone_on_cpu()
-    worker_base.WorkerBase.ksl_patch_bank = _bank  # for `collective_rpc` from the routes
 
     # vLLM compares requests by name alone, and loads one of two contents that a name had in a batch.
     LoRARequest.__eq__ = lambda self, other: isinstance(other, LoRARequest) and _key(self) == _key(other)
     LoRARequest.__hash__ = lambda self: hash(_key(self))
+
+
+@functools.cache
+def _code() -> str:
+    """A digest of the code that is compiled into a model."""
+    from ksl_patch import overlay
+    from ksl_patch.bank import tables
+    from ksl_patch.vllm import layer
+
+    text = "".join(inspect.getsource(module) for module in (tables, overlay, layer))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _compile_on_cpu() -> None:
@@ -176,6 +173,17 @@ def _bank(worker: Any) -> dict[str, int]:
         "max_rows": min((layer.bank.max_rows for layer in layers), default=0),
         "slots": min((layer.slots for layer in layers), default=0),
     }
+
+
+def _read(worker: Any, request: Any, drop: list[int]) -> int | str | None:
+    """What `PatchManager.read` gives, or its sentence: an error would leave the other ranks' answers behind."""
+    manager = worker.model_runner.lora_manager
+    manager.drop(drop)
+    try:
+        size: int | None = manager.read(request)
+    except ValueError as error:
+        return str(error)
+    return size
 
 
 def _key(request: Any) -> tuple[str, int, str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from pathlib import Path
 
+from cachetools import TTLCache
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
@@ -17,6 +19,8 @@ from ksl_patch.store.sign import PublicKey, load_signed
 from ksl_patch.vllm.settings import Settings
 
 logger = logging.getLogger("vllm.ksl_patch")
+_REFUSED = 1024  # names that are remembered as nobody's
+_SECONDS = 5.0  # and for how long
 
 
 def inside(path: Path, folders: tuple[str, ...]) -> Path:
@@ -59,13 +63,21 @@ class PatchResolver(LoRAResolver):  # type: ignore[misc]
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._refused: TTLCache[str, bool] = TTLCache(_REFUSED, _SECONDS)
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """The adapter of a name, its file in the store, or None. vLLM gives it an id of its own."""
+        """The adapter of a name, its file in the store, or None. vLLM gives it an id of its own.
+
+        A name that is nobody's is looked up again after some seconds and not before.
+        """
+        key = hashlib.sha256(lora_name.encode(errors="replace")).hexdigest()  # names may be long
+        if key in self._refused:
+            return None
         try:
             path = await asyncio.to_thread(self._find, lora_name)
         except PatchError as error:
-            logger.warning("ksl_patch: %s is not served: %s", lora_name[:100], error)
+            self._refused[key] = True
+            logger.warning("ksl_patch: %r is not served: %s", lora_name[:100], error)
             return None
         return LoRARequest(lora_name, 1, str(path))
 

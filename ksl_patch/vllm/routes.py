@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import time
+import weakref
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from vllm.lora.resolver import LoRAResolverRegistry
 
 from ksl_patch.base import tokenizer_digest
 from ksl_patch.errors import KslPatchError, PatchError, RunError
-from ksl_patch.patch import Patch, PatchMeta, check_name
+from ksl_patch.patch import Patch, PatchMeta, TemplateMeta, check_name
 from ksl_patch.store.hub import HubReference
 from ksl_patch.store.local import Store
 from ksl_patch.vllm.resolver import PatchResolver, from_folders, from_hub, from_store
@@ -34,7 +35,11 @@ router = APIRouter(prefix="/v1/patches")
 
 # vLLM's own routes for adapters, and SageMaker's names of them.
 _GUARDED = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters")
+# Routes of vLLM that take a completion's prompt; SageMaker's takes it by its body's form, and a patch by a header.
+_COMPLETIONS = ("/v1/completions", "/v1/completions/render", "/invocations")
+_ADAPTER_HEADER = b"x-amzn-sagemaker-adapter-identifier"
 _MAX_BODY = 16 * 2**20
+_DECODED = 16  # of a patch's prompts whose text vLLM does not say, those that are looked at
 _LATENCY = {"buckets": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)}
 
 
@@ -71,6 +76,13 @@ class _RefusalError(Exception):
         self.status = status
 
 
+class _Locks(weakref.WeakValueDictionary[str, asyncio.Lock]):
+    """vLLM's locks by name, which go when nobody holds them: names come from requests."""
+
+    def __getitem__(self, name: str) -> asyncio.Lock:
+        return self.setdefault(name, asyncio.Lock())
+
+
 class PatchRoutes:
     """The plugin: it adds the routes and the middleware, and begins when the engine is up."""
 
@@ -88,6 +100,7 @@ class PatchRoutes:
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Take the engine and the names that vLLM serves."""
+        state.openai_serving_models.lora_resolver_lock = _Locks()
         state.ksl_patch = Patches(engine_client, state.openai_serving_models, read_settings(args.additional_config))
         await state.ksl_patch.start()
 
@@ -103,6 +116,7 @@ class Patches:
         self._engine, self._models = engine, models
         self._content = functools.lru_cache(maxsize=4096)(_read)
         self._warned: set[str] = set()
+        self._looked_at: dict[str, int] = {}
         self._served: dict[str, int] = {}
         self._metrics = _metrics()
         self._metrics["loaded"].set_function(lambda: len(self.names()))
@@ -186,38 +200,22 @@ class Patches:
                 raise _RefusalError(409, f"{running} requests use {name}: wait for them with ?wait=SECONDS.")
             await asyncio.sleep(0.02)
 
-    def prompts(self, body: dict[str, Any]) -> bool:
+    def prompts(self, body: dict[str, Any], name: Any) -> bool:
         """Give a completion's prompts the template of its patch; whether anything was changed.
 
         Raises _RefusalError where the template needs more than a sentence.
         """
-        name, prompts = body.get("model"), body.get("prompt")
-        if not isinstance(name, str) or name not in self._models.lora_requests or not prompts:
+        prompts = body.get("prompt")
+        if not self.settings.template or not isinstance(name, str) or not prompts:
             return False
         one = isinstance(prompts, str)
         texts = [prompts] if one else prompts
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             return False
-        try:
-            template = self.content(name).meta.template
-        except _RefusalError:
-            return False
+        template = self._template(name)
         if template is None:
             return False
         others = not all(map(template.matches, texts))
-        if not self.settings.template:
-            if not others:
-                return False
-            digest = self.content(name).digest
-            if digest not in self._warned:
-                self._warned.add(digest)
-                logger.warning(
-                    "ksl_patch: a prompt for %s does not match the template that the patch was trained with, "
-                    "which GET /v1/patches/%s shows and --apply-template applies (said once).",
-                    name,
-                    name,
-                )
-            return False
         if others and template.fields:
             raise _RefusalError(
                 400,
@@ -232,6 +230,35 @@ class Patches:
         if template.end_token_id is not None and isinstance(stops, list):  # vLLM refuses others
             body["stop_token_ids"] = [*stops, template.end_token_id]
         return True
+
+    def _template(self, name: str) -> TemplateMeta | None:
+        try:
+            return self.content(name).meta.template
+        except _RefusalError:
+            return None
+
+    def _look_at(self, name: str, prompt: str | None, token_ids: list[int] | None) -> None:
+        """Warn, once for each patch, of a prompt of any route that its template could not have given."""
+        template = self._template(name)
+        digest = None if template is None else self.content(name).digest
+        if template is None or digest is None or digest in self._warned:
+            return
+        if prompt is None:
+            looked_at = self._looked_at[digest] = self._looked_at.get(digest, 0) + 1
+            if looked_at > _DECODED or token_ids is None or self._engine.tokenizer is None:
+                return
+            prompt = self._engine.tokenizer.decode(token_ids)
+            first = template.pieces()[0]
+            # Without the token that a text begins with, which a template that is none of a chat's does not have.
+            prompt = prompt[max(prompt.find(first), 0) :]
+        if not template.matches(prompt):
+            self._warned.add(digest)
+            logger.warning(
+                "ksl_patch: a prompt for %r does not match the template that the patch was trained with, which "
+                "GET /v1/patches/%s shows and --apply-template gives to completions (said once).",
+                name,
+                name,
+            )
 
     async def _read(self, file: PatchFile) -> Patch:
         self.may_change()
@@ -276,6 +303,7 @@ class Patches:
                 name = request.lora_request.lora_name
                 self._served[name] = self._served.get(name, 0) + 1
                 self._metrics["requests"].labels(patch=name).inc()
+                self._look_at(name, args[0] if args else kwargs.get("prompt"), request.prompt_token_ids)
             return add(request, *args, **kwargs)
 
         @functools.wraps(finish)
@@ -302,7 +330,7 @@ class Prompts:
             await self._app(scope, receive, send)
         elif self._guard and path.startswith(_GUARDED):
             await _error(403, "this server loads adapters through /v1/patches only.")(scope, receive, send)
-        elif path == "/v1/completions" and scope["method"] == "POST" and hasattr(self._state, "ksl_patch"):
+        elif path in _COMPLETIONS and scope["method"] == "POST" and hasattr(self._state, "ksl_patch"):
             await self._completion(scope, receive, send)
         else:
             await self._app(scope, receive, send)
@@ -321,7 +349,10 @@ class Prompts:
             except (ValueError, RecursionError):
                 content = None
             try:
-                changed = isinstance(content, dict) and self._state.ksl_patch.prompts(content)
+                name = dict(scope["headers"]).get(_ADAPTER_HEADER, b"").decode("latin-1")
+                changed = isinstance(content, dict) and self._state.ksl_patch.prompts(
+                    content, name or content.get("model")
+                )
             except _RefusalError as error:
                 await _error(error.status, str(error))(scope, receive, send)
                 return

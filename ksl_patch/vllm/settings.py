@@ -20,6 +20,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     orgs: users and organisations of the Hub whose patches a request, or the routes, may name.
     guard: whether vLLM's own routes for adapters, which read any path, are closed.
     key: file of the public key that every patch must be signed with.
+    kept_bytes: host memory for patches that were read, in each worker; beyond it a patch that no request in flight
+        needs is read again when one does.
     """
 
     max_rows: int | None = None
@@ -29,6 +31,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     template: bool = False
     guard: bool = False
     key: str | None = None
+    kept_bytes: int = 2 << 30
 
 
 def read_settings(additional_config: Any) -> Settings:

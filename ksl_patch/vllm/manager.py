@@ -1,0 +1,267 @@
+"""A worker's adapters: a patch file, a TrainableTokens adapter, or an ordinary LoRA, and what was read of them."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from vllm.distributed import get_pp_group
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from ksl_patch.bank import SlotRows
+from ksl_patch.base import check_base
+from ksl_patch.errors import BankError, KslPatchError, PatchError
+from ksl_patch.interop import peft
+from ksl_patch.overlay import slot_rows
+from ksl_patch.patch import Patch
+from ksl_patch.store.local import Store
+from ksl_patch.vllm.layer import PatchedEmbedding, follow_head, pack, update_indices
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a path held: its rows, and for the check against the base the patch, which an adapter of PEFT's is not."""
+
+    path: str
+    rows: SlotRows
+    patch: Patch | None
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.rows.rows.nbytes
+
+
+class _Table:
+    """This rank's part of the table, as `check_base` wants it."""
+
+    def __init__(self, layer: PatchedEmbedding) -> None:
+        self.vocab_size, self.hidden_size = layer.base_layer.org_vocab_size, layer.base_layer.embedding_dim
+        self.plain, self.dtype, self.rows = layer.plain, layer.bank.tensors.rows.dtype, layer.base_rows
+
+
+class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
+    """vLLM's manager of a worker's adapters, which reads patches too.
+
+    What was read stays in memory until `drop`: an adapter that vLLM puts aside and takes up again inside a step needs
+    no file and no check, and so cannot fail there.
+
+    layer: the embedding that takes patches, None where this rank has none. reason: why patches cannot be served.
+    """
+
+    layer: PatchedEmbedding | None = None
+    reason: str | None = None
+
+    def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
+        """Give the model its adapter layers, the input embedding among them whatever its class calls it."""
+        self._kept: dict[int, _Read] = {}
+        names = input_embeddings(model)
+        if len(names) == 1:
+            self._want(model, names[0])
+        model = super().create_lora_manager(model, vllm_config)
+        modules = self._adapter_manager.modules
+        if not names:
+            if get_pp_group().world_size == 1:
+                self.reason = f"{type(model).__name__} has no input embedding that vLLM can wrap."
+        elif len(names) > 1:
+            self.reason = f"{type(model).__name__} has {len(names)} input embeddings, and a patch is for one."
+        elif not isinstance(modules.get(names[0]), PatchedEmbedding):
+            self.reason = (
+                "this engine has no embedding that takes patches: start vLLM with `--enable-lora`, and with "
+                "`--lora-target-modules embed_tokens` among others where it is restricted."
+            )
+        else:
+            self.name, self.layer = names[0], modules[names[0]]
+            self.reason = self.layer.reason
+            follow_head(model, self.layer, last=get_pp_group().is_last_rank)
+        if modules and all(isinstance(module, PatchedEmbedding) for module in modules.values()):
+            for punica in self._adapter_manager.punica_wrapper_mapping.values():
+                update_indices(punica)
+        return model
+
+    def _want(self, model: Any, name: str) -> None:
+        """Have vLLM wrap the input embedding, for which it asks the class's `embedding_modules`, or the targets."""
+        own = name.rpartition(".")[2]
+        modules = {**model.embedding_modules, own: "input_embeddings"}
+        model.embedding_modules = self.embedding_modules = modules
+        targets = self.lora_config.target_modules
+        if targets is not None and "embed_tokens" in targets:
+            self.lora_config.target_modules = [name if target == "embed_tokens" else target for target in targets]
+
+    def read(self, request: LoRARequest) -> int | None:
+        """Read what a request names, check it against the base as it is now, and keep it.
+
+        Returns the bytes that are kept, or None for what is not ours to keep. Raises ValueError, one sentence, for
+        what cannot be served exactly.
+        """
+        try:
+            read = self._kept.get(request.lora_int_id)
+            if read is None or read.path != request.lora_path:
+                read = self._open(request)
+            if read is None:
+                return None
+            loaded = self._adapter_manager.get_adapter(request.lora_int_id)
+            if getattr(loaded, "ksl_patch_path", read.path) != read.path:
+                raise BankError(_two_contents(request, loaded))
+            self._check(read)
+        except KslPatchError as error:
+            raise ValueError(f"{request.lora_name}: {error}") from error
+        self._kept[request.lora_int_id] = read
+        return read.nbytes
+
+    def drop(self, numbers: list[int]) -> None:
+        """Forget what was read of these ids; what is loaded of them stays so."""
+        for number in numbers:
+            self._kept.pop(number, None)
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """Load an adapter into a slot, or take the slot that it has. vLLM calls it for a batch's adapters, each step.
+
+        Raises ValueError for two contents of one id, which vLLM trusts to be unique.
+        """
+        if self._cached_dummy_lora is not False:  # a warm-up, whose ids may be somebody's
+            added: bool = super().add_adapter(lora_request)
+            return added
+        number, path, manager = lora_request.lora_int_id, lora_request.lora_path, self._adapter_manager
+        loaded = manager.get_adapter(number)
+        if loaded is not None:
+            known = getattr(loaded, "ksl_patch_path", None)
+            if known is None:  # what a warm-up left
+                manager.remove_adapter(number)
+            elif lora_request.load_inplace:
+                if Path(path).is_file() or Path(known).is_file():
+                    raise ValueError(
+                        "a patch is not changed in place, where requests in flight would see it: replace it."
+                    )
+            elif known != path:
+                raise ValueError(_two_contents(lora_request, loaded))
+            else:
+                manager.activate_adapter(number)
+                return True
+        added = super().add_adapter(lora_request)
+        return added
+
+    def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        """An adapter as vLLM wants it. Raises ValueError, one sentence, for what cannot be served exactly."""
+        number = lora_request.lora_int_id
+        try:
+            kept = self._kept.get(number)
+            if (kept is None or kept.path != lora_request.lora_path) and self.read(lora_request) is not None:
+                kept = self._kept[number]
+            if kept is not None and kept.path == lora_request.lora_path:
+                lora = LoRAModel(number, 1, {} if self.layer is None else {self.name: _weights(self.name, kept.rows)})
+            else:
+                lora = self._load_other(lora_request)
+        except KslPatchError as error:
+            raise ValueError(f"{lora_request.lora_name}: {error}") from error
+        lora.ksl_patch_path = lora_request.lora_path
+        return lora
+
+    def _load_other(self, request: LoRARequest) -> LoRAModel:
+        """A LoRA with or without trained tokens, and one that has the embedding among its targets."""
+        path = Path(get_adapter_absolute_path(request.lora_path))
+        if (path / peft.CONFIG).is_file() and peft.has_trainable_tokens(path):
+            with tempfile.TemporaryDirectory() as folder:
+                peft.split_lora(path, Path(folder))
+                lora = super()._load_adapter(msgspec.structs.replace(request, lora_path=folder))
+            read = self._peft_rows(request.lora_path, path)
+            self._check(read)
+            if self.layer is not None:
+                lora.loras[self.name] = _weights(self.name, read.rows)
+            return lora
+        lora = super()._load_adapter(request)
+        for name, layer in self._adapter_manager.modules.items():
+            if isinstance(layer, PatchedEmbedding) and name in lora.loras:
+                lora.loras[name] = _weights(name, _as_rows(layer, lora.loras[name]))
+        return lora
+
+    def _open(self, request: LoRARequest) -> _Read | None:
+        """What a path holds if that is rows alone."""
+        path = Path(get_adapter_absolute_path(request.lora_path))
+        if path.is_file():
+            patch = Patch.load(path)
+            store = Store()
+            if path.is_relative_to(store.root.resolve()):
+                store.hold()  # other processes of this engine read it too
+            return _Read(request.lora_path, slot_rows(patch), patch)
+        if not ((path / peft.CONFIG).is_file() and peft.has_trainable_tokens(path)):
+            return None
+        return None if peft.read_config(path).get("peft_type") == "LORA" else self._peft_rows(request.lora_path, path)
+
+    def _peft_rows(self, given: str, path: Path) -> _Read:
+        self._raise_reason()
+        config = self._adapter_manager.model.config
+        tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+        name = "embed_tokens" if self.layer is None else self.name.rpartition(".")[2]
+        return _Read(given, peft.read_trainable_tokens(path, embedding=name, tied=tied), None)
+
+    def _raise_reason(self) -> None:
+        if self.reason is not None:
+            raise BankError(self.reason)
+
+    def _check(self, read: _Read) -> None:
+        """Raise KslPatchError for what this rank cannot serve, or what was made for another base."""
+        self._raise_reason()
+        patch, layer = read.patch, self.layer
+        if patch is not None and patch.meta.scope == "prompt":
+            raise PatchError(
+                "the patch acts on the prompt only, and vLLM does not say which of the tokens that it computes again "
+                "after a preemption were the prompt's: serve it with `ksl_patch.attach`."
+            )
+        if layer is None:
+            if read.rows.output and get_pp_group().is_last_rank:
+                raise BankError("the last rank of this pipeline has the head and no embedding, as side input+output.")
+            return
+        layer.bank.check(read.rows)
+        if read.rows.output and layer.head_reason is not None:
+            raise BankError(layer.head_reason)
+        if patch is not None:
+            table: Any = _Table(layer)
+            mine = layer.on_this_rank(patch.token_ids)
+            check_base(patch.meta.base, patch.token_ids[mine], patch.base_rows[mine], table)
+
+
+def input_embeddings(model: Any) -> list[str]:
+    """The names of the model's input embeddings of its whole vocabulary, on this rank."""
+    config = model.config.get_text_config()
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+    }
+    # Some models have smaller tables beside it, of positions, of token types, or for each layer.
+    return [name for name, table in found.items() if table.embedding_dim == config.hidden_size] or list(found)
+
+
+def _two_contents(request: LoRARequest, loaded: Any) -> str:
+    return f"{request.lora_path} and {loaded.ksl_patch_path} were given one adapter id, {request.lora_int_id}."
+
+
+def _weights(name: str, rows: SlotRows) -> LoRALayerWeights:
+    ids, values = pack(rows)
+    return LoRALayerWeights(name, 1, 1, ids, values, scaling=1)
+
+
+def _as_rows(layer: PatchedEmbedding, lora: LoRALayerWeights) -> SlotRows:
+    """A LoRA of the embedding, which changes the rows of those tokens alone that A has values for."""
+    token_ids = lora.lora_a.ne(0).any(dim=0).nonzero()[:, 0]
+    if not len(token_ids):
+        token_ids = torch.zeros(1, dtype=torch.int64)
+    if len(token_ids) > layer.bank.max_rows:
+        raise BankError(
+            f"the adapter changes {len(token_ids)} rows of the embedding, and a slot has room for "
+            f"{layer.bank.max_rows}: reserve more with max_rows, or leave the embedding out of the adapter."
+        )
+    base = layer.base_layer(token_ids.to(layer.bank.tensors.rows.device)).cpu()
+    change = lora.scaling * (lora.lora_a[:, token_ids].T.float() @ lora.lora_b.T.float())
+    rows = SlotRows(token_ids, (base.float() + change).to(base.dtype))
+    layer.bank.check(rows)
+    return rows

@@ -1,0 +1,280 @@
+"""Parts of the vLLM integration by themselves, with vLLM's own classes around them and no engine."""
+
+import asyncio
+import gc
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ksl_patch import Patch
+from ksl_patch.bank import SlotBank, SlotRows
+from ksl_patch.overlay import correct_logits
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+D, V = 8, 50
+
+
+def punica(mapping_ids, prompt_ids, slots, size=64):
+    """vLLM's own record of which position has which adapter, made by vLLM itself."""
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    wrapper = PunicaWrapperCPU(size, max_batches=8, device="cpu")
+    for tensor in (wrapper._token_lora_indices, wrapper._sampler_indices):
+        tensor.fill_(77)  # what is left of other steps
+    mapping = LoRAMapping(tuple(mapping_ids), tuple(prompt_ids), is_prefill=True)
+    return wrapper, mapping, (mapping, slots, len(slots) + 1, V)
+
+
+def test_the_record_is_the_one_that_vllm_makes_with_its_loop():
+    from ksl_patch.vllm.layer import update_indices
+
+    ids = [0, 9, 9, 0, 4, 4, 4, 2**31 - 1, 0]
+    for prompt_ids in ([0, 9, 4, 2**31 - 1, 0], ids):
+        slots = [4, None, 9, 2**31 - 1]
+        stock, mapping, arguments = punica(ids, prompt_ids, slots)
+        stock.update_metadata(*arguments)
+        ours, mapping, arguments = punica(ids, prompt_ids, slots)
+        update_indices(ours)
+        ours.update_metadata(*arguments)
+        assert ours.token_lora_indices.tolist() == stock.token_lora_indices.tolist() == [-1, 2, 2, -1, 0, 0, 0, 3, -1]
+        assert ours.sampler_indices.tolist() == stock.sampler_indices.tolist()
+        assert mapping.prompt_mapping == tuple(prompt_ids)
+
+
+def test_rows_of_logits_have_the_adapter_of_their_position_or_raise():
+    from ksl_patch.vllm.layer import _indices, update_indices
+
+    # Two requests, of 5 and 3 tokens, with the adapters in slots 0 and 1.
+    wrapper, _, arguments = punica([7] * 5 + [8] * 3, [7, 8], [7, 8])
+    update_indices(wrapper)
+    wrapper.update_metadata(*arguments)
+    hidden = torch.randn(8, D)
+    assert _indices(wrapper, hidden[torch.tensor([4, 7])]).tolist() == [0, 1]  # what is sampled from
+    assert _indices(wrapper, hidden[:5]).tolist() == [0] * 5  # log-probabilities of a prompt
+    assert _indices(wrapper, hidden[5:7]).tolist() == [1, 1]
+    # All positions at once: the V2 runner, and a chunk of a prompt that fills the batch of V1.
+    assert _indices(wrapper, hidden).tolist() == _indices(wrapper, hidden[:8]).tolist() == [0] * 5 + [1] * 3
+    padded = torch.randn(12, D)
+    assert _indices(wrapper, padded[:8]).tolist() == [0] * 5 + [1] * 3
+    with pytest.raises(RuntimeError, match="3 rows of logits are neither the 2 sampled nor all 8"):
+        _indices(wrapper, torch.randn(3, D))
+    with pytest.raises(RuntimeError, match="in strides"):
+        _indices(wrapper, torch.randn(8, 2 * D)[:, :D])
+
+
+def test_a_correction_in_pieces_is_the_correction_and_bounded(monkeypatch):
+    from ksl_patch.vllm import layer as module
+
+    bank = SlotBank(3, 6, V, D, dtype=torch.float32, device="cpu")
+    g = torch.Generator().manual_seed(0)
+    head = torch.randn(V, D, generator=g)
+    for slot in (1, 2):
+        bank.write(slot, SlotRows(torch.randperm(V, generator=g)[:5], torch.randn(5, D, generator=g), output=True))
+    slots = torch.tensor([0, 1, 2, 2, 1, 0, 3, 1, 2])
+    hidden = torch.randn(9, D, generator=g)
+    whole = correct_logits(bank.tensors, slots[:, None], 6, hidden[:, None], (hidden @ head.T)[:, None])[:, 0]
+    gathered = []
+    stock = module.correct_logits
+
+    def watched(bank, slots, *rest):
+        gathered.append(len(slots))
+        return stock(bank, slots, *rest)
+
+    monkeypatch.setattr(module, "correct_logits", watched)
+    monkeypatch.setattr(module, "_PIECE", 2 * 6 * D * 4)
+    wrapper = SimpleNamespace(_sampler_indices=slots - 1, indices_len=[20, 9])
+    layer = SimpleNamespace(bank=bank, measured=True, punica_wrapper=wrapper, slot_of=lambda i: i.clamp(-1, 2) + 1)
+    processor = SimpleNamespace(soft_cap=None, scale=1.0, head_dtype=None)
+    found = module._correct(layer, processor, (None, hidden, None), hidden @ head.T)
+    assert gathered == [2, 2, 2, 2, 1]
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+    assert (found != hidden @ head.T).any()
+
+
+def test_the_first_step_takes_the_memory_of_a_correction_and_changes_nothing(monkeypatch):
+    """vLLM measures what a step takes before there is any patch."""
+    from ksl_patch.vllm import layer as module
+
+    bank = SlotBank(2, 4, V, D, dtype=torch.float32, device="cpu")
+    layer = SimpleNamespace(bank=bank, measured=False, punica_wrapper=None, slot_of=None)
+    processor = SimpleNamespace(soft_cap=None, scale=1.0, head_dtype=None)
+    logits = torch.randn(3, V)
+    calls = []
+    stock = module.correct_logits
+    monkeypatch.setattr(module, "correct_logits", lambda *given: calls.append(1) or stock(*given))
+    for _ in range(2):
+        found = module._correct(layer, processor, (None, torch.randn(3, D), None), logits.clone())
+        assert torch.equal(found, logits)
+    assert calls == [1]
+
+
+def test_padding_finds_nothing_in_any_slot():
+    bank = SlotBank(2, 4, V, D, dtype=torch.float32, device="cpu")
+    bank.write(1, SlotRows(torch.tensor([0, 3]), torch.ones(2, D)))
+    ids = torch.tensor([-1, 0, 3, 4])
+    for slot, wanted in ((0, [-1] * 4), (1, [-1, 0, 1, -1]), (2, [-1] * 4)):
+        assert bank.tensors.lookup(torch.full((4,), slot), ids).tolist() == wanted
+
+
+def test_compiled_code_of_an_engine_without_this_package_is_not_taken_for_ours():
+    from vllm.config.lora import LoRAConfig
+
+    from ksl_patch.vllm import plugin
+
+    plugin.register()
+    config = LoRAConfig(max_lora_rank=8)
+    stock = LoRAConfig.compute_hash.__wrapped__
+    assert config.compute_hash() == f"{stock(config)}-{plugin._code()}"
+
+
+def test_a_lock_of_a_name_goes_when_nobody_holds_it():
+    from ksl_patch.vllm.routes import _Locks
+
+    async def ask():
+        locks = _Locks()
+        order = []
+
+        async def hold(name, number):
+            async with locks[name]:
+                order.append(number)
+                await asyncio.sleep(0.01)
+                order.append(number)
+
+        await asyncio.gather(hold("a", 1), hold("a", 2), hold("b", 3))
+        for i in range(1000):
+            async with locks[f"name{i}"]:
+                pass
+        gc.collect()
+        return [each for each in order if each != 3], len(locks)
+
+    assert asyncio.run(ask()) == ([1, 1, 2, 2], 0)
+
+
+def test_a_name_that_is_nobody_s_is_looked_up_once_in_some_seconds(tmp_path, monkeypatch, caplog):
+    from ksl_patch.vllm import resolver
+    from ksl_patch.vllm.settings import Settings
+
+    looked_up = []
+    stock = resolver.from_folders
+    monkeypatch.setattr(resolver, "from_folders", lambda path, own: looked_up.append(path) or stock(path, own))
+    monkeypatch.setattr(resolver, "_SECONDS", 0.2)
+    found = resolver.PatchResolver(Settings(folders=(str(tmp_path),)))
+
+    async def ask(name, times):
+        return [await found.resolve_lora("base", name) for _ in range(times)]
+
+    assert asyncio.run(ask("nobody", 20)) == [None] * 20
+    assert len(looked_up) == 1
+    asyncio.run(asyncio.sleep(0.25))
+    asyncio.run(ask("nobody", 1))
+    assert len(looked_up) == 2
+    with caplog.at_level("WARNING"):
+        asyncio.run(ask("a\n[31mforged: everything is well", 1))
+    assert "\n" not in caplog.messages[-1]
+
+
+class Core:
+    """An engine's core as far as the door sees it: its scheduler's requests and its workers' answers."""
+
+    def __init__(self, workers):
+        self.vllm_config = SimpleNamespace(additional_config={"ksl_patch": {"kept_bytes": 250}})
+        self.scheduler, self.model_executor = SimpleNamespace(requests={}), self
+        self.is_sleeping, self.workers, self.dropped, self.loaded = False, workers, [], []
+
+    def collective_rpc(self, method, args):
+        assert method == "ksl_patch_read"
+        request, drop = args
+        self.dropped += drop
+        return [worker(request) for worker in self.workers]
+
+    def add_lora(self, request):
+        self.loaded.append(request.lora_int_id)
+
+
+def lora(number, path=None):
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(f"n{number}", number, path or f"/p{number}")
+
+
+def test_the_door_lets_in_what_every_worker_has_read_and_keeps_what_a_request_needs():
+    from ksl_patch.vllm.engine import Admission
+
+    asked = []
+
+    def worker(request):
+        asked.append(request.lora_int_id)
+        return {9: "a sentence", 8: None}.get(request.lora_int_id, 100)
+
+    core = Core([worker])
+    door = Admission(core)
+    for _ in range(3):
+        door.admit(lora(1), by_request=True)
+    assert asked == [1]
+    door.check_again()
+    door.admit(lora(1), by_request=True)
+    assert asked == [1, 1]
+    with pytest.raises(ValueError, match="a sentence"):
+        door.admit(lora(9))
+    door.admit(lora(8))
+    assert core.loaded == []
+    door.check_again()
+    door.admit(lora(8), by_request=True)
+    assert core.loaded == [8]
+    # Beyond 250 bytes the oldest goes, but not one that a request in flight has.
+    core.scheduler.requests = {"r": SimpleNamespace(lora_request=lora(1)), "s": SimpleNamespace(lora_request=None)}
+    for number in (2, 3, 4, 5):
+        door.admit(lora(number))
+    assert core.dropped == [2, 3]
+    with pytest.raises(ValueError, match="given one adapter id, 1"):
+        door.admit(lora(1, "/other"))
+    core.is_sleeping = True
+    with pytest.raises(ValueError, match="the engine sleeps"):
+        door.admit(lora(6))
+
+
+def test_one_worker_s_sentence_is_enough():
+    from ksl_patch.vllm.engine import Admission
+
+    core = Core([lambda request: 100, lambda request: "rank 1 says no"])
+    with pytest.raises(ValueError, match="rank 1 says no"):
+        Admission(core).admit(lora(1))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_pipeline_s_rank_without_an_embedding_takes_a_patch_and_has_nothing_of_it(monkeypatch, tmp_path, last):
+    from vllm.lora.lora_model import LoRAModel
+
+    from ksl_patch.vllm import manager as module
+
+    monkeypatch.setattr(module, "get_pp_group", lambda: SimpleNamespace(world_size=2, is_last_rank=last))
+    monkeypatch.setenv("KSL_PATCH_HOME", str(tmp_path))
+    manager = object.__new__(module.PatchManager)
+    manager._kept, manager._adapter_manager = {}, SimpleNamespace(get_adapter=lambda number: None, modules={})
+    table = torch.randn(V, D)
+    for side in ("input", "input+output"):
+        path = tmp_path / f"{side}.safetensors"
+        patch_of(table, side).save(path)
+        request = lora(1 if side == "input" else 2, str(path))
+        if side == "input+output" and last:
+            with pytest.raises(ValueError, match="the last rank of this pipeline has the head and no embedding"):
+                manager.read(request)
+        else:
+            assert manager.read(request) > 0
+            adapter = manager._load_adapter(request)
+            assert isinstance(adapter, LoRAModel)
+            assert adapter.loras == {}
+
+
+def patch_of(table, side):
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    model.get_input_embeddings().weight.data.copy_(table)
+    return Patch.from_model(model, [3, 7], torch.ones(2, D), name="p", side=side)
