@@ -3,7 +3,7 @@
 # make stress   threads, tasks, streams and continuous batching on one model for a minute, every answer checked
 # make gpu   what only a GPU can show of the transformers runtime, on a machine that has one
 # make study   what is not there yet of the figures of docs/experiments.md; all of them take over an hour on two cores
-# make vllm   the tests with vLLM, in an environment of its own (3.5 GB)
+# make vllm   the tests with vLLM, in an environment of its own (3.5 GB)    make vllm-next   the same with vLLM 0.33
 # make demo   two languages for Gemma 3 270M, about ten minutes on two cores, and what their patches do
 
 PYTHON ?= python3
@@ -13,10 +13,14 @@ DEMO ?= .demo
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
+# vLLM's V2 runner on a CPU, and vLLM 0.33 there, which has no wheel for CPUs: its Python over 0.32's compiled parts.
+V2 := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 VLLM_ENABLE_V1_MULTIPROCESSING=0
+NEXT := VLLM_TARGET_DEVICE=cpu .venv-vllm-next/bin/python -m pytest
+
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: test lint fast browser real vllm stress gpu demo model study bench clean
+.PHONY: test lint fast browser real vllm vllm-next stress gpu demo model study bench clean
 
 test: lint fast browser real vllm
 
@@ -35,7 +39,12 @@ real: .venv/dev model
 	KSL_PATCH_DEMO=$(abspath $(DEMO)) $(BIN)/python -m pytest -m "real and not vllm"
 
 vllm: .venv-vllm/dev model
-	KSL_PATCH_DEMO=$(abspath $(DEMO)) .venv-vllm/bin/python -m pytest -m vllm
+	$(V2) .venv-vllm/bin/python -m pytest -m v2
+	KSL_PATCH_DEMO=$(abspath $(DEMO)) .venv-vllm/bin/python -m pytest -m "vllm and not v2"
+
+vllm-next: .venv-vllm-next/dev model
+	$(V2) $(NEXT) -m v2
+	KSL_PATCH_DEMO=$(abspath $(DEMO)) $(NEXT) -m "vllm and not v2"
 
 stress: .venv/dev
 	$(BIN)/python tests/stress.py --seconds 60
@@ -77,5 +86,14 @@ bench: .venv/dev
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
+# Hard links but for vLLM's Python, which is deleted before the other's is written.
+.venv-vllm-next/dev: .venv-vllm/dev
+	rm -rf .venv-vllm-next build/vllm-next
+	cp -al .venv-vllm .venv-vllm-next
+	.venv-vllm/bin/python -m pip download -q --disable-pip-version-check --no-deps -d build/vllm-next vllm==0.33.0
+	.venv-vllm/bin/python -m pip download -q --disable-pip-version-check --no-deps -d build/vllm-next orjson
+	.venv-vllm/bin/python tests/vllm_next.py build/vllm-next .venv-vllm-next
+	touch $@
+
 clean:
-	rm -rf .venv .venv-vllm $(DEMO) build dist *.egg-info
+	rm -rf .venv .venv-vllm .venv-vllm-next $(DEMO) build dist *.egg-info

@@ -38,6 +38,7 @@ from test_vllm import (
 
 __all__ = ["environment", "folder", "model", "patches", "plain"]  # fixtures
 pytestmark = [
+    pytest.mark.vllm,
     pytest.mark.v2,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(

@@ -8,7 +8,7 @@ import inspect
 import logging
 from typing import Any
 
-SUPPORTED = ("0.32",)
+SUPPORTED = ("0.32", "0.33")
 _done = False
 logger = logging.getLogger("vllm.ksl_patch")
 
@@ -75,6 +75,7 @@ def _touched() -> list[tuple[str, bool]]:
         ("LoRAModel", takes(LoRAModel.__init__, "lora_model_id", "rank", "loras")),
         ("LoRARequest", takes(LoRARequest, "lora_name", "lora_int_id", "lora_path", "load_inplace")),
         ("LoRAConfig.compute_hash", hasattr(LoRAConfig, "compute_hash")),
+        ("LoRAConfig.verify_with_model_config", takes(LoRAConfig.verify_with_model_config, "model_config")),
         ("LogitsProcessor.forward", takes(LogitsProcessor.forward, "lm_head", "hidden_states", "embedding_bias")),
         ("EngineCore.add_request", takes(EngineCore.add_request, "request", "request_wave")),
         ("EngineCore.collective_rpc", "model_executor" in core and takes(EngineCore.collective_rpc, "method")),
@@ -89,6 +90,7 @@ def _touch() -> None:
     from vllm.config.lora import LoRAConfig
     from vllm.lora import utils
     from vllm.lora.request import LoRARequest
+    from vllm.model_executor.models import supports_lora
     from vllm.v1.worker import lora_model_runner_mixin, worker_base
 
     from ksl_patch.vllm import engine
@@ -104,6 +106,23 @@ def _touch() -> None:
     # What was compiled for the embedding layers of an engine without this package is not for ours, nor the reverse.
     stock_hash = LoRAConfig.compute_hash
     LoRAConfig.compute_hash = functools.wraps(stock_hash)(lambda self: f"{stock_hash(self)}-{_code()}")
+
+    # vLLM loads a model's weights before it sees that its class takes no adapters.
+    stock_verify = LoRAConfig.verify_with_model_config
+
+    @functools.wraps(stock_verify)
+    def verify(self: Any, model_config: Any) -> None:
+        stock_verify(self, model_config)
+        if model_config.runner_type == "draft":
+            return
+        model, architecture = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
+        if not supports_lora(model):
+            raise ValueError(
+                f"vLLM's {architecture} takes no adapters, and so no patches: serve it with `ksl_patch.attach`, or, "
+                "where transformers has it, with `--model-impl transformers`."
+            )
+
+    LoRAConfig.verify_with_model_config = verify
 
     _compile_on_cpu()
     _leave_the_base_alone_on_cpu()

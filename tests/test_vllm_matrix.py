@@ -1,0 +1,184 @@
+"""The table of docs/serving.md: architectures of vLLM, tiny and with random weights, each with patches in one batch.
+
+KSL_PATCH_WRITE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 pytest tests/test_vllm_matrix.py writes it.
+"""
+
+import gc
+import itertools
+import os
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+from test_vllm import environment, greedy, prompts, tokens
+from torch.nn import functional as F
+
+from ksl_patch import Patch
+from ksl_patch.base import find_embedding
+
+__all__ = ["environment"]
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+PAGE = ROOT / "docs" / "serving.md"
+BEGIN, END = "<!-- the table of tests/test_vllm_matrix.py -->\n", "<!-- end of the table -->\n"
+IDS = list(range(2, 372, 12))
+SIZES = {
+    "vocab_size": 400, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    "initializer_range": 0.3, "head_dim": 32,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# Of each its configuration's class in transformers and what it has beside SIZES.
+ARCHITECTURES = {
+    "Llama": ("LlamaConfig", {}),
+    "Mistral": ("MistralConfig", {}),
+    "Mixtral": ("MixtralConfig", LOCAL),
+    "Qwen2": ("Qwen2Config", {}),
+    "Qwen3": ("Qwen3Config", {}),
+    "Qwen3Moe": ("Qwen3MoeConfig", EXPERTS),
+    "Gemma": ("GemmaConfig", {}),
+    "Gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 32}),
+    "Gemma3": ("Gemma3TextConfig", {"query_pre_attn_scalar": 32}),
+    "Phi3": ("Phi3Config", {}),
+    "Olmo2": ("Olmo2Config", {}),
+    "Granite": ("GraniteConfig", {}),
+    "Glm4": ("Glm4Config", {}),
+    "GptOss": ("GptOssConfig", LOCAL),
+    "Starcoder2": ("Starcoder2Config", {}),
+    "Cohere": ("CohereConfig", {}),
+    "SmolLM3": ("SmolLM3Config", {}),
+    "Exaone4": ("Exaone4Config", {}),
+    "Olmo3": ("Olmo3Config", {}),
+    "Ernie4_5": ("Ernie4_5Config", {}),
+    "GraniteMoe": ("GraniteMoeConfig", LOCAL),
+    "Nemotron": ("NemotronConfig", {}),
+    "SeedOss": ("SeedOssConfig", {}),
+    "Apertus": ("ApertusConfig", {}),
+    "DeepseekV2": (
+        "DeepseekV2Config",
+        {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
+         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32,
+         "first_k_dense_replace": 1, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    ),
+    "Qwen2VL": ("Qwen2VLConfig", {}),
+    "GPT2": ("GPT2Config", {}),
+    "GPTNeoX": ("GPTNeoXConfig", {}),
+    "Falcon": ("FalconConfig", {}),
+    "StableLm": ("StableLmConfig", {}),
+}  # fmt: skip
+
+
+def tiny(name):
+    kind, own = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    if kind == "Qwen2VLConfig":
+        vision = {"depth": 1, "embed_dim": 32, "hidden_size": 128, "num_heads": 2, "mlp_ratio": 2}
+        text = SIZES | {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}}
+        config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, vision_start_token_id=390)
+        config.image_token_id, config.video_token_id = 391, 392
+        return transformers.Qwen2VLForConditionalGeneration(config).eval()
+    config = getattr(transformers, kind)(**(SIZES | own))
+    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def patch(model, seed):
+    table = find_embedding(model).weight
+    g = torch.Generator().manual_seed(seed)
+    return Patch.from_model(model, IDS, 0.3 * torch.randn(len(IDS), table.shape[1], generator=g), name=f"p{seed}")
+
+
+class Overwritten:
+    """The engine's own table, overwritten by hand for a `with` block: every position reads this one."""
+
+    def __init__(self, layer, patch):
+        table = layer.base_layer.weight.detach().clone()
+        table[patch.token_ids] = patch.rows.to(table.dtype)
+        self.hook = layer.base_layer.register_forward_hook(lambda module, args, output: F.embedding(args[0], table))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+
+def said(outputs):
+    """Of each output its tokens and their log-probabilities."""
+    entries = [output.outputs[0].logprobs for output in outputs]
+    scores = [torch.tensor([next(iter(entry.values())).logprob for entry in each]) for each in entries]
+    return list(zip(tokens(outputs), scores, strict=True))
+
+
+def answer(folder, made, **options):
+    """What the engine answers in a mixed batch, or the sentence with which it refuses."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from ksl_patch.vllm import lora_request
+
+    llm = None
+    try:
+        llm = LLM(
+            folder, dtype="float32", max_model_len=96, enable_lora=True, max_loras=2, max_lora_rank=8,
+            enforce_eager=True, skip_tokenizer_init=True, enable_prefix_caching=False, max_num_seqs=4,
+            additional_config={"ksl_patch": {"max_rows": 64}}, **options,
+        )  # fmt: skip
+        manager = llm.llm_engine.model_executor.driver_worker.model_runner.lora_manager
+        texts = [[*text, IDS[i]] for i, text in enumerate(prompts(6, 40, 17))]
+        requests = [None, *(lora_request(each) for each in made)]
+        wanted = []
+        for choice in (None, *made):
+            if choice is None:
+                wanted.append(said(greedy(llm, texts, [None] * 3, 8, logprobs=0)))
+            else:
+                with Overwritten(manager.layer, choice):
+                    wanted.append(said(greedy(llm, texts, [None] * 3, 8, logprobs=0)))
+        for one, other in itertools.combinations(wanted, 2):  # the patches do something
+            assert all((a[1] - b[1]).abs().max() > 1e-2 for a, b in zip(one, other, strict=True))
+        for turn in range(3):
+            turned = requests[turn:] + requests[:turn]
+            for place, (ids, scores) in enumerate(said(greedy(llm, texts, turned, 8, logprobs=0))):
+                own_ids, own_scores = wanted[(place + turn) % 3][place]
+                assert ids == own_ids, (turn, place)
+                torch.testing.assert_close(scores, own_scores, rtol=0, atol=1e-4)
+        return f"`{manager.name}`", "exact"
+    except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = next((line for line in lines if "adapters" in line or "patch" in line), lines[-1])
+        return "", f"refused: {reason.removeprefix('Value error, ').partition(' [type=')[0]}"
+    finally:
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process():
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_mixed_batch(name, tmp_path):
+    model = tiny(name)
+    model.save_pretrained(tmp_path)
+    made = [patch(model, seed) for seed in (1, 2)]
+    own, alone = answer(str(tmp_path), made, lora_target_modules=["embed_tokens"])
+    _, beside = answer(str(tmp_path), made)
+    line = f"| {(model.config.architectures or [type(model).__name__])[0]} | {own} | {alone} | {beside} |"
+    print(line)
+    before, found, after = split(PAGE.read_text(encoding="utf-8"))
+    if os.environ.get("KSL_PATCH_WRITE"):
+        lines = {each.split("|")[1].strip(): each for each in found.splitlines()[2:]}
+        lines[line.split("|")[1].strip()] = line
+        head = found.splitlines()[:2]
+        PAGE.write_text(before + "\n".join([*head, *sorted(lines.values())]) + "\n" + after, encoding="utf-8")
+    else:
+        assert line in found.splitlines()
+
+
+def split(page):
+    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+    return page[:start], page[start:end], page[end:]
