@@ -60,6 +60,7 @@ WANTED = {
 ROWS, SIZES, SEEDS = 18, (1, 4, 64), 2
 PAIRS, NEW_TOKENS = 48, 60
 ONE_ROW = ("\n", "<bos>", ":")
+ARTICLES = 8  # of the Declaration in one text
 OTHER_RATE = 0.05  # of the embedding tuning, for the power of the test
 ALPHAS = (0.2, 0.1, 0.05, 0.01, 0.001)
 CONSTANTS = {
@@ -271,7 +272,10 @@ class Study:
         }
 
     def harm(self, build, patch):
-        """Loss per token of text that is nobody's task: the Declaration in several languages, without any prompt."""
+        """Loss per token of text that is nobody's task: the Declaration in several languages, without any prompt.
+
+        A text is some of its articles, one on a line.
+        """
         systems = {"base": None, "patch": patch, row_name("\n"): self.by_hand(build, "\n")}
         texts = {"en": []}
         for _, language in HELP:
@@ -280,7 +284,8 @@ class Study:
             texts["en"] = texts["en"] or [pair.source for pair in pairs]
         found = {}
         for language, lines in texts.items():
-            encoded = [build.tokenizer(line).input_ids for line in lines]
+            together = ["\n".join(lines[i : i + ARTICLES]) for i in range(0, len(lines), ARTICLES)]
+            encoded = [build.tokenizer(text).input_ids for text in together]
             examples = [Example(ids[:1], ids[1:]) for ids in encoded]
             found[language] = {}
             for name, system in systems.items():

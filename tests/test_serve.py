@@ -141,6 +141,7 @@ def hub(folder):
 def server(base, folder, home, hub, tmp_path_factory):
     flags = ["--patch", f"es={folder / 'p0.safetensors'}", "--patch", str(folder / "p1.safetensors")]
     flags += ["--folder", str(folder), "--allow-runtime-patches", "--api-key", KEY, "--hub-org", "org"]
+    flags += ["--chat-template", "{% for message in messages %}{{ message['content'] }}{% endfor %}"]
     settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path_factory.mktemp("hf"))}
     server = Server(base, tmp_path_factory.mktemp("log") / "server.log", *flags, home=home, **settings)
     try:
@@ -412,8 +413,27 @@ def test_a_prompt_outside_the_template_is_said_once(server):
     for _ in range(2):
         server.tokens("es", TEXT)
     server.tokens("es", PLAIN.render(TEXT))
-    lines = [line for line in server.log.read_text().splitlines() if "a prompt for es does not match" in line]
+    lines = [line for line in server.log.read_text().splitlines() if "a prompt for 'es' does not match" in line]
     assert len(lines) == 1
+
+
+def test_a_prompt_outside_the_template_is_said_whatever_the_route(server):
+    """A chat's messages, token ids: what reaches the engine is looked at."""
+
+    def chat(model, text):
+        body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 3}
+        assert server.http("POST", "/v1/chat/completions", body).status_code == 200
+
+    def warned(model):
+        return sum(f"a prompt for '{model}' does not match" in line for line in server.log.read_text().splitlines())
+
+    chat("p8", PLAIN.render(TEXT))
+    assert warned("p8") == 0
+    chat("p8", TEXT)
+    chat("p8", TEXT)
+    assert warned("p8") == 1
+    server.tokens("p9", [5, 6, 7], 3)
+    assert warned("p9") == 1
 
 
 def test_the_template_is_applied_where_that_was_asked_for(base, folder, home, tmp_path, expected):
@@ -438,6 +458,7 @@ def test_the_template_is_applied_where_that_was_asked_for(base, folder, home, tm
         # What ends an answer in the patch's template ends one here; a template that needs more is not filled by half.
         whole = expected(1, rendered)
         assert server.tokens("turns", TEXT) == whole[: whole.index(end) + 1]
+        import httpx
         from openai import BadRequestError
 
         with pytest.raises(BadRequestError, match="'topic' beside the sentence"):
@@ -451,6 +472,12 @@ def test_the_template_is_applied_where_that_was_asked_for(base, folder, home, tm
             extra_body={"return_token_ids": True, "ignore_eos": True},
         )  # fmt: skip
         assert [choice.token_ids for choice in both.choices] == [expected(0, rendered)] * 2
+        # Every route that takes a completion's prompt; SageMaker's may name the patch in a header.
+        body = {"prompt": TEXT, "max_tokens": 20, "temperature": 0, "return_token_ids": True, "ignore_eos": True}
+        header = {"X-Amzn-SageMaker-Adapter-Identifier": "es"}
+        for more, headers in (({"model": "es"}, {}), ({"model": base}, header)):
+            answer = httpx.post(f"{server.url}/invocations", json=body | more, headers=headers, timeout=120)
+            assert answer.json()["choices"][0]["token_ids"] == expected(0, rendered)
         for method, path in (("POST", ""), ("PUT", "/es"), ("DELETE", "/es")):
             body = None if method == "DELETE" else {"path": str(folder / "p1.safetensors")}
             answer = server.http(method, f"/v1/patches{path}", body)

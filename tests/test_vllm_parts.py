@@ -181,16 +181,13 @@ class Core:
     def __init__(self, workers):
         self.vllm_config = SimpleNamespace(additional_config={"ksl_patch": {"kept_bytes": 250}})
         self.scheduler, self.model_executor = SimpleNamespace(requests={}), self
-        self.is_sleeping, self.workers, self.dropped, self.loaded = False, workers, [], []
+        self.is_sleeping, self.workers, self.dropped = False, workers, []
 
     def collective_rpc(self, method, args):
-        assert method == "ksl_patch_read"
+        assert method == "ksl_patch_add"
         request, drop = args
         self.dropped += drop
         return [worker(request) for worker in self.workers]
-
-    def add_lora(self, request):
-        self.loaded.append(request.lora_int_id)
 
 
 def lora(number, path=None):
@@ -206,25 +203,23 @@ def test_the_door_lets_in_what_every_worker_has_read_and_keeps_what_a_request_ne
 
     def worker(request):
         asked.append(request.lora_int_id)
-        return {9: "a sentence", 8: None}.get(request.lora_int_id, 100)
+        return {9: (None, "a sentence"), 8: (None, None)}.get(request.lora_int_id, (100, None))
 
     core = Core([worker])
     door = Admission(core)
     for _ in range(3):
-        door.admit(lora(1), by_request=True)
+        door.admit(lora(1))
     assert asked == [1]
-    door.check_again()
-    door.admit(lora(1), by_request=True)
+    door.base_may_be_another("any")
+    door.admit(lora(1))
     assert asked == [1, 1]
     with pytest.raises(ValueError, match="a sentence"):
         door.admit(lora(9))
+    door.admit(lora(8))  # an ordinary adapter, of which the workers keep nothing
     door.admit(lora(8))
-    assert core.loaded == []
-    door.check_again()
-    door.admit(lora(8), by_request=True)
-    assert core.loaded == [8]
+    assert asked == [1, 1, 9, 8]
     # Beyond 250 bytes the oldest goes, but not one that a request in flight has.
-    core.scheduler.requests = {"r": SimpleNamespace(lora_request=lora(1)), "s": SimpleNamespace(lora_request=None)}
+    core.scheduler.requests = {"r": asking(lora(1), 5), "s": asking(None, 0)}
     for number in (2, 3, 4, 5):
         door.admit(lora(number))
     assert core.dropped == [2, 3]
@@ -232,15 +227,83 @@ def test_the_door_lets_in_what_every_worker_has_read_and_keeps_what_a_request_ne
         door.admit(lora(1, "/other"))
     core.is_sleeping = True
     with pytest.raises(ValueError, match="the engine sleeps"):
-        door.admit(lora(6))
+        door.admit(lora(6, __file__))
+    door.admit(lora(7))  # an ordinary one waits, as vLLM has it
+
+
+def asking(request, computed):
+    return SimpleNamespace(lora_request=request, num_computed_tokens=computed, request_id="r", client_index=0)
+
+
+def test_two_contents_of_one_id_are_not_both_let_in():
+    from ksl_patch.vllm.engine import Admission
+
+    core = Core([lambda request: (100, None)])
+    door = Admission(core)
+    door.admit(lora(7, "/a"))
+    door.admit(lora(7, "/b"))  # nobody has the other any more
+    core.scheduler.requests = {"r": asking(lora(7, "/b"), 3)}
+    with pytest.raises(ValueError, match="/a and /b were given one adapter id"):
+        door.admit(lora(7, "/a"))
+    door.admit(lora(7, "/b"))
+    assert core.dropped == []
+
+
+def test_what_waits_is_checked_again_when_the_base_is_another_and_what_began_goes_on():
+    from ksl_patch.vllm.engine import Admission
+
+    fits = [True]
+    core = Core([lambda request: (100, None if fits[0] else "another base")])
+    core.output_queue = SimpleNamespace(put_nowait=lambda given: out.append(given))
+    ended, out = [], []
+    core.scheduler.finish_requests = lambda ids, status: ended.append((ids, status.name))
+    door = Admission(core)
+    door.admit(lora(1))
+    core.scheduler.requests = {"began": asking(lora(1), 3), "waits": asking(lora(1), 0)}
+    fits[0] = False
+    door.base_may_be_another("start_weight_update")
+    assert not ended
+    with pytest.raises(ValueError, match="is getting other weights"):
+        door.admit(lora(2, __file__))
+    door.base_may_be_another("finish_weight_update")
+    assert ended == [(["r"], "FINISHED_ERROR")]
+    assert out[0][1].outputs[0].stop_reason == "ksl_patch: another base"
 
 
 def test_one_worker_s_sentence_is_enough():
     from ksl_patch.vllm.engine import Admission
 
-    core = Core([lambda request: 100, lambda request: "rank 1 says no"])
+    core = Core([lambda request: (100, None), lambda request: (None, "rank 1 says no")])
     with pytest.raises(ValueError, match="rank 1 says no"):
         Admission(core).admit(lora(1))
+
+
+def test_a_refusal_is_the_caller_s_error_where_somebody_waits_for_it():
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine import EngineCoreOutput, FinishReason
+
+    from ksl_patch.vllm.engine import _refused
+
+    def refused(queue, detokenizer):
+        given, finished = [], []
+        waiting = SimpleNamespace(put=given.append) if queue else None
+        state = SimpleNamespace(queue=waiting, detokenizer=detokenizer)
+        processor = SimpleNamespace(request_states={"r": state}, _finish_request=finished.append)
+        output = EngineCoreOutput("r", [], finish_reason=FinishReason.ERROR, stop_reason="ksl_patch: a sentence")
+        return _refused(processor, output), given, finished, output
+
+    taken, given, finished, _ = refused(True, None)
+    assert taken
+    assert isinstance(given[0], VLLMValidationError)
+    assert len(finished) == 1
+    taken, _, finished, output = refused(False, "a generation's")
+    assert not taken
+    assert not finished
+    assert output.stop_reason == "a sentence"
+    with pytest.raises(ValueError, match="a sentence"):  # an embedding has no place for it
+        refused(False, None)
+    other = EngineCoreOutput("r", [], finish_reason=FinishReason.ERROR, stop_reason="another's")
+    assert not _refused(SimpleNamespace(request_states={}), other)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -252,7 +315,8 @@ def test_a_pipeline_s_rank_without_an_embedding_takes_a_patch_and_has_nothing_of
     monkeypatch.setattr(module, "get_pp_group", lambda: SimpleNamespace(world_size=2, is_last_rank=last))
     monkeypatch.setenv("KSL_PATCH_HOME", str(tmp_path))
     manager = object.__new__(module.PatchManager)
-    manager._kept, manager._adapter_manager = {}, SimpleNamespace(get_adapter=lambda number: None, modules={})
+    manager._kept, manager._digests = {}, {}
+    manager._adapter_manager = SimpleNamespace(get_adapter=lambda number: None, modules={})
     table = torch.randn(V, D)
     for side in ("input", "input+output"):
         path = tmp_path / f"{side}.safetensors"
@@ -260,12 +324,14 @@ def test_a_pipeline_s_rank_without_an_embedding_takes_a_patch_and_has_nothing_of
         request = lora(1 if side == "input" else 2, str(path))
         if side == "input+output" and last:
             with pytest.raises(ValueError, match="the last rank of this pipeline has the head and no embedding"):
-                manager.read(request)
+                manager._read(request)
         else:
-            assert manager.read(request) > 0
+            assert manager._read(request) > 0
             adapter = manager._load_adapter(request)
             assert isinstance(adapter, LoRAModel)
             assert adapter.loras == {}
+            model = object.__new__(module._AdapterManager)
+            model._create_merged_loras_inplace(adapter)  # vLLM's own wants one at least
 
 
 def patch_of(table, side):

@@ -24,6 +24,6 @@ def lora_request(patch: Patch | str | os.PathLike[str], name: str | None = None)
     from ksl_patch.store.local import Store
 
     patch = patch if isinstance(patch, Patch) else Patch.load(patch)
-    # 31 bits are what vLLM's V2 runner keeps of an id; the loader refuses two contents of one id.
+    # 31 bits are what vLLM's V2 runner keeps of an id; the engine refuses two contents of one id.
     number = int(patch.digest[:8], 16) % (2**31 - 1) + 1
     return LoRARequest(check_name(name or patch.meta.name), number, str(Store().add(patch)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from vllm.distributed import get_pp_group
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -34,6 +36,7 @@ class _Read:
     path: str
     rows: SlotRows
     patch: Patch | None
+    digest: str
 
     @property
     def nbytes(self) -> int:
@@ -48,6 +51,14 @@ class _Table:
         self.plain, self.dtype, self.rows = layer.plain, layer.bank.tensors.rows.dtype, layer.base_rows
 
 
+class _AdapterManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
+    """vLLM's, which on a rank of a pipeline that has no embedding takes adapters that have nothing for it."""
+
+    def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
+        if lora_model.loras:
+            super()._create_merged_loras_inplace(lora_model)
+
+
 class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     """vLLM's manager of a worker's adapters, which reads patches too.
 
@@ -57,12 +68,14 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     layer: the embedding that takes patches, None where this rank has none. reason: why patches cannot be served.
     """
 
+    _manager_cls = _AdapterManager
     layer: PatchedEmbedding | None = None
     reason: str | None = None
 
     def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
         """Give the model its adapter layers, the input embedding among them whatever its class calls it."""
         self._kept: dict[int, _Read] = {}
+        self._digests: dict[str, str] = {}
         names = input_embeddings(model)
         if len(names) == 1:
             self._want(model, names[0])
@@ -96,25 +109,34 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         if targets is not None and "embed_tokens" in targets:
             self.lora_config.target_modules = [name if target == "embed_tokens" else target for target in targets]
 
-    def read(self, request: LoRARequest) -> int | None:
-        """Read what a request names, check it against the base as it is now, and keep it.
+    def add(self, request: LoRARequest) -> int | None:
+        """Read what a request names, check it against the base as it is now, keep it, and load it.
 
         Returns the bytes that are kept, or None for what is not ours to keep. Raises ValueError, one sentence, for
-        what cannot be served exactly.
+        what cannot be served exactly, and whatever vLLM's own loader raises.
         """
+        size = self._read(request)
+        self.add_adapter(request)
+        return size
+
+    def _read(self, request: LoRARequest) -> int | None:
+        number, path = request.lora_int_id, request.lora_path
         try:
-            read = self._kept.get(request.lora_int_id)
-            if read is None or read.path != request.lora_path:
-                read = self._open(request)
+            read, kept = self._open(request), self._kept.get(number)
+            if read is None and kept is not None and kept.path == path and not Path(path).exists():
+                read = kept
             if read is None:
                 return None
-            loaded = self._adapter_manager.get_adapter(request.lora_int_id)
-            if getattr(loaded, "ksl_patch_path", read.path) != read.path:
+            # vLLM's prefix cache knows an adapter by its name and path alone.
+            if self._digests.setdefault(path, read.digest) != read.digest:
+                raise PatchError(f"{path} has another content than it had: give the new one a path of its own.")
+            loaded = self._adapter_manager.get_adapter(number)
+            if getattr(loaded, "ksl_patch_path", path) != path:
                 raise BankError(_two_contents(request, loaded))
             self._check(read)
         except KslPatchError as error:
             raise ValueError(f"{request.lora_name}: {error}") from error
-        self._kept[request.lora_int_id] = read
+        self._kept[number] = read
         return read.nbytes
 
     def drop(self, numbers: list[int]) -> None:
@@ -141,9 +163,9 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
                     raise ValueError(
                         "a patch is not changed in place, where requests in flight would see it: replace it."
                     )
-            elif known != path:
+            elif known != path and (Path(path).is_file() or Path(known).is_file()):
                 raise ValueError(_two_contents(lora_request, loaded))
-            else:
+            else:  # vLLM changes ordinary adapters in place, and knows them by id
                 manager.activate_adapter(number)
                 return True
         added = super().add_adapter(lora_request)
@@ -154,7 +176,7 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         number = lora_request.lora_int_id
         try:
             kept = self._kept.get(number)
-            if (kept is None or kept.path != lora_request.lora_path) and self.read(lora_request) is not None:
+            if (kept is None or kept.path != lora_request.lora_path) and self._read(lora_request) is not None:
                 kept = self._kept[number]
             if kept is not None and kept.path == lora_request.lora_path:
                 lora = LoRAModel(number, 1, {} if self.layer is None else {self.name: _weights(self.name, kept.rows)})
@@ -191,7 +213,7 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             store = Store()
             if path.is_relative_to(store.root.resolve()):
                 store.hold()  # other processes of this engine read it too
-            return _Read(request.lora_path, slot_rows(patch), patch)
+            return _Read(request.lora_path, slot_rows(patch), patch, patch.digest)
         if not ((path / peft.CONFIG).is_file() and peft.has_trainable_tokens(path)):
             return None
         return None if peft.read_config(path).get("peft_type") == "LORA" else self._peft_rows(request.lora_path, path)
@@ -201,7 +223,9 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         config = self._adapter_manager.model.config
         tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
         name = "embed_tokens" if self.layer is None else self.name.rpartition(".")[2]
-        return _Read(given, peft.read_trainable_tokens(path, embedding=name, tied=tied), None)
+        rows = peft.read_trainable_tokens(path, embedding=name, tied=tied)
+        content = hashlib.sha256(b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in pack(rows)))
+        return _Read(given, rows, None, content.hexdigest())
 
     def _raise_reason(self) -> None:
         if self.reason is not None:

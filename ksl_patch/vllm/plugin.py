@@ -54,6 +54,7 @@ def _touched() -> list[tuple[str, bool]]:
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.worker import lora_model_runner_mixin
 
     cached = worker_manager.LRUCacheWorkerLoRAManager
@@ -78,6 +79,8 @@ def _touched() -> list[tuple[str, bool]]:
         ("LoRAConfig.verify_with_model_config", takes(LoRAConfig.verify_with_model_config, "model_config")),
         ("LogitsProcessor.forward", takes(LogitsProcessor.forward, "lm_head", "hidden_states", "embedding_bias")),
         ("EngineCore.add_request", takes(EngineCore.add_request, "request", "request_wave")),
+        ("OutputProcessor", takes(OutputProcessor.process_outputs, "engine_core_outputs")),
+        ("OutputProcessor._finish_request", takes(OutputProcessor._finish_request, "req_state")),
         ("EngineCore.collective_rpc", "model_executor" in core and takes(EngineCore.collective_rpc, "method")),
         ("CpuPlatform.check_and_update_config", takes(CpuPlatform.check_and_update_config, "vllm_config")),
         ("punica_cpu.sgmv_shrink", takes(punica_cpu.sgmv_shrink, "lora_indices_tensor", "seq_len_tensor")),
@@ -100,7 +103,7 @@ def _touch() -> None:
     utils._all_lora_classes = (PatchedEmbedding, *utils._all_lora_classes)
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = PatchManager
     worker_base.WorkerBase.ksl_patch_bank = _bank  # for `collective_rpc`, from the routes
-    worker_base.WorkerBase.ksl_patch_read = _read  # and from the engine
+    worker_base.WorkerBase.ksl_patch_add = _add  # and from the engine
     engine.admit_requests()
 
     # What was compiled for the embedding layers of an engine without this package is not for ours, nor the reverse.
@@ -194,15 +197,14 @@ def _bank(worker: Any) -> dict[str, int]:
     }
 
 
-def _read(worker: Any, request: Any, drop: list[int]) -> int | str | None:
-    """What `PatchManager.read` gives, or its sentence: an error would leave the other ranks' answers behind."""
+def _add(worker: Any, request: Any, drop: list[int]) -> tuple[int | None, str | None]:
+    """What `PatchManager.add` gives, and its sentence: an error would leave the other ranks' answers behind."""
     manager = worker.model_runner.lora_manager
     manager.drop(drop)
     try:
-        size: int | None = manager.read(request)
-    except ValueError as error:
-        return str(error)
-    return size
+        return manager.add(request), None
+    except Exception as error:
+        return None, str(error) or type(error).__name__
 
 
 def _key(request: Any) -> tuple[str, int, str]:

@@ -446,7 +446,7 @@ def _reason(error: Exception) -> str:
     """The loader's sentence in what vLLM's layers made of it."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = next((line for line in lines if "Error" in line), lines[0])
-    return text.split("Error: ")[-1].split("Error('")[-1].strip(" '\")")
+    return text.split("method failed: ")[-1].split("Error: ")[-1].split("Error('")[-1].strip(" '\")")
 
 
 def _error(status: int, message: str) -> JSONResponse:
