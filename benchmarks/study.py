@@ -54,8 +54,8 @@ FIRST, FEW = HELP[0], (HELP[0], HELP[2])
 DOMAINS = {"gnome": "GNOME's help", "quran": "the Quran's verses", "udhr": "the Declaration's articles"}
 WANTED = {
     "main": HELP, "ticket": [*HELP, *VERSES], "harm": [FIRST], "places": [FIRST], "templates": [FIRST],
-    "sizes": [FIRST], "elsewhere": [*HELP, *VERSES], "verses": VERSES, "seeds": FEW, "single": [FIRST],
-    "transfer": HELP, "certificates": FEW, "power": [FIRST],
+    "sizes": [FIRST], "elsewhere": [*HELP, *VERSES], "verses": VERSES, "transfer": HELP, "certificates": FEW,
+    "power": [FIRST], "seeds": FEW, "single": [FIRST],
 }  # fmt: skip
 ROWS, SIZES, SEEDS = 18, (1, 4, 64), 2
 PAIRS, NEW_TOKENS = 48, 60
