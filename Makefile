@@ -4,6 +4,7 @@
 # make gpu   what only a GPU can show of the transformers runtime, on a machine that has one
 # make study   what is not there yet of the figures of docs/experiments.md; all of them take over an hour on two cores
 # make vllm   the tests with vLLM, in an environment of its own (3.5 GB)    make vllm-next   the same with vLLM 0.33
+# make matrix   architectures of vLLM, one after the other, for the table of docs/serving.md
 # make demo   two languages for Gemma 3 270M, about ten minutes on two cores, and what their patches do
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ NEXT := VLLM_TARGET_DEVICE=cpu .venv-vllm-next/bin/python -m pytest
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: test lint fast browser real vllm vllm-next stress gpu demo model study bench clean
+.PHONY: test lint fast browser real vllm vllm-next matrix stress gpu demo model study bench clean
 
 test: lint fast browser real vllm
 
@@ -40,11 +41,14 @@ real: .venv/dev model
 
 vllm: .venv-vllm/dev model
 	$(V2) .venv-vllm/bin/python -m pytest -m v2
-	KSL_PATCH_DEMO=$(abspath $(DEMO)) .venv-vllm/bin/python -m pytest -m "vllm and not v2"
+	KSL_PATCH_DEMO=$(abspath $(DEMO)) .venv-vllm/bin/python -m pytest -m "vllm and not v2 and not matrix"
+
+matrix: .venv-vllm/dev
+	.venv-vllm/bin/python -m pytest -m matrix
 
 vllm-next: .venv-vllm-next/dev model
 	$(V2) $(NEXT) -m v2
-	KSL_PATCH_DEMO=$(abspath $(DEMO)) $(NEXT) -m "vllm and not v2"
+	KSL_PATCH_DEMO=$(abspath $(DEMO)) $(NEXT) -m "vllm and not v2 and not matrix"
 
 stress: .venv/dev
 	$(BIN)/python tests/stress.py --seconds 60

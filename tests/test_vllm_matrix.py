@@ -1,6 +1,6 @@
 """The table of docs/serving.md: architectures of vLLM, tiny and with random weights, each with patches in one batch.
 
-KSL_PATCH_WRITE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 pytest tests/test_vllm_matrix.py writes it.
+`KSL_PATCH_WRITE=1 make matrix` writes it.
 """
 
 import gc
@@ -18,7 +18,7 @@ from ksl_patch import Patch
 from ksl_patch.base import find_embedding
 
 __all__ = ["environment"]
-pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.vllm, pytest.mark.matrix, pytest.mark.filterwarnings("ignore")]
 PAGE = ROOT / "docs" / "serving.md"
 BEGIN, END = "<!-- the table of tests/test_vllm_matrix.py -->\n", "<!-- end of the table -->\n"
 IDS = list(range(2, 372, 12))
