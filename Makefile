@@ -2,7 +2,7 @@
 # make browser   the tests of reports in Chromium (apt-get install chromium)
 # make stress   threads, tasks, streams and continuous batching on one model for a minute, every answer checked
 # make gpu   what only a GPU can show of the transformers runtime, on a machine that has one
-# make study   what is not there yet of the figures of docs/experiments.md; all of them take over an hour on two cores
+# make study   what is not there yet of the figures of docs/experiments.md; all of them take about two hours on two cores
 # make vllm   the tests with vLLM, in an environment of its own (3.5 GB)    make vllm-next   the same with vLLM 0.33
 # make matrix   architectures of vLLM, one after the other, for the table of docs/serving.md
 # make demo   two languages for Gemma 3 270M, about ten minutes on two cores, and what their patches do

@@ -472,12 +472,14 @@ def test_the_template_is_applied_where_that_was_asked_for(base, folder, home, tm
             extra_body={"return_token_ids": True, "ignore_eos": True},
         )  # fmt: skip
         assert [choice.token_ids for choice in both.choices] == [expected(0, rendered)] * 2
-        # Every route that takes a completion's prompt; SageMaker's may name the patch in a header.
+        # SageMaker's route takes the patch from a header and forgets the body's; here both are answered by the patch.
         body = {"prompt": TEXT, "max_tokens": 20, "temperature": 0, "return_token_ids": True, "ignore_eos": True}
         header = {"X-Amzn-SageMaker-Adapter-Identifier": "es"}
         for more, headers in (({"model": "es"}, {}), ({"model": base}, header)):
             answer = httpx.post(f"{server.url}/invocations", json=body | more, headers=headers, timeout=120)
             assert answer.json()["choices"][0]["token_ids"] == expected(0, rendered)
+        answer = httpx.post(f"{server.url}/invocations", json=body | {"model": base}, timeout=120)
+        assert answer.json()["choices"][0]["token_ids"] == expected(None, TEXT)
         for method, path in (("POST", ""), ("PUT", "/es"), ("DELETE", "/es")):
             body = None if method == "DELETE" else {"path": str(folder / "p1.safetensors")}
             answer = server.http(method, f"/v1/patches{path}", body)

@@ -35,7 +35,7 @@ router = APIRouter(prefix="/v1/patches")
 
 # vLLM's own routes for adapters, and SageMaker's names of them.
 _GUARDED = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters")
-# Routes of vLLM that take a completion's prompt; SageMaker's takes it by its body's form, and a patch by a header.
+# Routes of vLLM that take a completion's prompt. SageMaker's takes a patch by this header, and not by the body.
 _COMPLETIONS = ("/v1/completions", "/v1/completions/render", "/invocations")
 _ADAPTER_HEADER = b"x-amzn-sagemaker-adapter-identifier"
 _MAX_BODY = 16 * 2**20
@@ -132,6 +132,10 @@ class Patches:
     def names(self) -> list[str]:
         """The names that stand for patches now."""
         return [name for name, request in self._models.lora_requests.items() if Path(request.lora_path).is_file()]
+
+    def is_served(self, name: str) -> bool:
+        """Whether a name is a patch's or another adapter's."""
+        return name in self._models.lora_requests
 
     def content(self, name: str) -> _Content:
         """What a name stands for now. Raises a 404."""
@@ -348,11 +352,16 @@ class Prompts:
                 content = json.loads(body)
             except (ValueError, RecursionError):
                 content = None
+            name = content.get("model") if isinstance(content, dict) else None
+            if scope["path"].endswith("/invocations"):
+                header = dict(scope["headers"]).get(_ADAPTER_HEADER)
+                if header is not None:
+                    name = header.decode("latin-1")
+                elif isinstance(name, str) and name.isascii() and self._state.ksl_patch.is_served(name):
+                    # Without it the base answers there, whatever the body names.
+                    scope = {**scope, "headers": [*scope["headers"], (_ADAPTER_HEADER, name.encode("latin-1"))]}
             try:
-                name = dict(scope["headers"]).get(_ADAPTER_HEADER, b"").decode("latin-1")
-                changed = isinstance(content, dict) and self._state.ksl_patch.prompts(
-                    content, name or content.get("model")
-                )
+                changed = isinstance(content, dict) and self._state.ksl_patch.prompts(content, name)
             except _RefusalError as error:
                 await _error(error.status, str(error))(scope, receive, send)
                 return
