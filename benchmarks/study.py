@@ -166,14 +166,16 @@ class Study:
         }
 
     def single(self, build, patch):
-        """The dev loss of each row of the template alone."""
-        return [
+        """The dev loss of each row of the template alone, beside the base's and the patch's."""
+        measured = build.losses(patch)
+        rows = [
             {
                 "token": build.tokenizer.decode([i]),
                 "loss": build.patched_loss(build.patch_of(Ticket(np.array([i]), "single"))),
             }
             for i in build.template_tokens()
         ]
+        return {"base": measured["loss_base"], "patch": measured["loss_patch"], "rows": rows}
 
     def ticket(self, build, patch):
         """How the ticket and the frequencies of its tokens hang together."""
@@ -437,9 +439,18 @@ def seeds(seeds):
 
 @table
 def single(single):
-    best_first = sorted(only(single), key=lambda each: each["loss"])
-    lines = [(tokens_of([each["token"]]), f"{each['loss']:.3f}") for each in best_first]
-    return markdown_table(("row alone", "dev loss"), lines)
+    found = only(single)
+    best_first = sorted(found["rows"], key=lambda each: each["loss"])
+    gain = found["base"] - found["patch"]
+    lines = [
+        (name, f"{loss:.3f}", f"{(found['base'] - loss) / gain:.0%}")
+        for name, loss in (
+            ("base", found["base"]),
+            (f"patch, {ROWS} rows", found["patch"]),
+            *((tokens_of([each["token"]]), each["loss"]) for each in best_first),
+        )
+    ]
+    return markdown_table(("", "dev loss", f"of the gain of {ROWS} rows"), lines)
 
 
 @table
@@ -552,22 +563,39 @@ def harm(harm):
     return markdown_table(("loss per token", *map(language_name, by_language)), lines)
 
 
+def notes(parts: dict[str, dict]) -> list[str]:
+    """What is to be known of the evaluations, and of which of them where it is not of all, and their intervals."""
+    found = {which: each for part in ("main", "verses") for which, each in evaluations(parts[part]).items()}
+    whose: dict[str, list[str]] = {}
+    for which, evaluation in found.items():
+        signatures = (f"{name}: `{value}`" for name, value in evaluation.signatures.items())
+        for note in (*signatures, *evaluation.notes):
+            if not note.startswith(("These are ", "One training seed")):
+                whose.setdefault(note, []).append(named(which))
+    lines = [note if len(names) == len(found) else f"{'; '.join(names)}: {note}" for note, names in whose.items()]
+    count = sum(map(int, re.findall(r"These are (\d+) intervals", json.dumps(parts))))
+    return [
+        *lines,
+        "One training seed, save where two stand beside each other.",
+        f"The whole page has {count:,} intervals of 95 %, each by itself: one in twenty misses by chance alone.",
+    ]
+
+
 def setting(kept: dict[str, dict[str, dict]]) -> str:
     """What everything was measured with, and what is not measured yet."""
     each = [one for of in kept.values() for one in of.values()]
-    config, cpu, evaluation = each[0]["of"]["config"], each[0]["machine"], only(evaluations(values(kept)["main"]))
+    config, cpu = each[0]["of"]["config"], each[0]["machine"]
     missing = [
         f"{part} ({', '.join(left)})"
         for part, wanted in WANTED.items()
         if (left := [named("-".join(which)) for which in wanted if "-".join(which) not in kept[part]])
     ]
     return (
-        f"{evaluation.pairs} held-out sentences of {evaluation.documents} pages; {ROWS} rows; "
-        f"{config['embed_steps']} steps of embedding tuning and {config['steps']} of partial tuning, batch "
-        f"{config['batch_size']}, learning rates {config['embed_lr']} and {config['lr']} standard deviations of the "
-        f"table; greedy, at most {NEW_TOKENS} new tokens. Machine: {cpu['cpu']}, {cpu['cores']} cores.\n\n"
-        + "\n".join(f"- {name}: `{value}`" for name, value in evaluation.signatures.items())
-        + "".join(f"\n- {note}" for note in evaluation.notes)
+        f"{PAIRS} held-out sentences of each; {ROWS} rows; {config['embed_steps']} steps of embedding tuning and "
+        f"{config['steps']} of partial tuning, batch {config['batch_size']}, learning rates {config['embed_lr']} and "
+        f"{config['lr']} standard deviations of the table; greedy, at most {NEW_TOKENS} new tokens. "
+        f"Machine: {cpu['cpu']}, {cpu['cores']} cores."
+        + "\n".join(["\n", *(f"- {note}" for note in notes(values(kept)))])
         + (f"\n\n**Not measured yet:** {'; '.join(missing)}." if missing else "")
     )
 
