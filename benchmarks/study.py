@@ -577,7 +577,7 @@ def notes(parts: dict[str, dict]) -> list[str]:
     return [
         *lines,
         "One training seed, save where two stand beside each other.",
-        f"The whole page has {count:,} intervals of 95 %, each by itself: one in twenty misses by chance alone.",
+        f"The page has more than {count:,} intervals of 95 %, each by itself: one in twenty misses by chance alone.",
     ]
 
 
