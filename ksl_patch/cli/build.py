@@ -204,4 +204,4 @@ def build(output: Path, force: bool, run: Path | None, as_json: bool, **options:
         print(json.dumps({"event": "patch", "path": str(output), "digest": patch.digest, "bytes": size}), flush=True)
     else:
         click.echo(f"Wrote {output}: {len(patch.token_ids)} rows, {output.stat().st_size:,} bytes, {patch.digest[:12]}")
-        click.echo(f"Checkpoints are in {run}, where eval and certify find the pairs and the tuned embedding (--run).")
+        click.echo(f"Checkpoints are in {run}, where eval and certify find the pairs and what was tuned (--run).")
