@@ -1,6 +1,7 @@
 """Parts of the vLLM integration by themselves, with vLLM's own classes around them and no engine."""
 
 import asyncio
+import functools
 import gc
 from types import SimpleNamespace
 
@@ -153,13 +154,16 @@ def test_a_lock_of_a_name_goes_when_nobody_holds_it():
 
 
 def test_a_name_that_is_nobody_s_is_looked_up_once_in_some_seconds(tmp_path, monkeypatch, caplog):
+    from cachetools import TTLCache
+
     from ksl_patch.vllm import resolver
     from ksl_patch.vllm.settings import Settings
 
     looked_up = []
     stock = resolver.from_folders
     monkeypatch.setattr(resolver, "from_folders", lambda path, own: looked_up.append(path) or stock(path, own))
-    monkeypatch.setattr(resolver, "_SECONDS", 0.2)
+    now = [0.0]
+    monkeypatch.setattr(resolver, "TTLCache", functools.partial(TTLCache, timer=lambda: now[0]))
     found = resolver.PatchResolver(Settings(folders=(str(tmp_path),)))
 
     async def ask(name, times):
@@ -167,7 +171,7 @@ def test_a_name_that_is_nobody_s_is_looked_up_once_in_some_seconds(tmp_path, mon
 
     assert asyncio.run(ask("nobody", 20)) == [None] * 20
     assert len(looked_up) == 1
-    asyncio.run(asyncio.sleep(0.25))
+    now[0] = 1.1 * resolver._SECONDS
     asyncio.run(ask("nobody", 1))
     assert len(looked_up) == 2
     with caplog.at_level("WARNING"):
