@@ -44,7 +44,7 @@ vllm: .venv-vllm/dev model
 	KSL_PATCH_DEMO=$(abspath $(DEMO)) .venv-vllm/bin/python -m pytest -m "vllm and not v2 and not matrix"
 
 matrix: .venv-vllm/dev
-	.venv-vllm/bin/python -m pytest -m matrix
+	.venv-vllm/bin/python -m pytest tests/test_vllm_matrix.py
 
 vllm-next: .venv-vllm-next/dev model
 	$(V2) $(NEXT) -m v2
