@@ -46,6 +46,11 @@ def has_trainable_tokens(folder: Path) -> bool:
     return config.get("peft_type") == "TRAINABLE_TOKENS" or bool(config.get("trainable_token_indices"))
 
 
+def trains_tokens(path: Path) -> bool:
+    """Whether a path is an adapter's folder that holds trained tokens. Raises PatchError as `has_trainable_tokens`."""
+    return (path / CONFIG).is_file() and has_trainable_tokens(path)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """An adapter's config. Raises PatchError."""
     try:

@@ -19,6 +19,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.request import RequestStatus
 
 from ksl_patch.interop import peft
+from ksl_patch.vllm.manager import two_contents
 from ksl_patch.vllm.settings import read_settings
 
 logger = logging.getLogger("vllm.ksl_patch")
@@ -56,7 +57,7 @@ class Admission:
             if other.lora_request is not None
         }
         if in_flight.get(number, path) != path and not request.load_inplace:
-            raise ValueError(f"{path} and {in_flight[number]} were given one adapter id, {number}.")
+            raise ValueError(two_contents(request, in_flight[number]))
         if self._core.model_executor.is_sleeping or self._changing:
             if _ordinary(path) and not anew:
                 return  # it waits, and is loaded in the step that it is for
@@ -151,8 +152,7 @@ def admit_requests() -> None:
 
 def _ordinary(path: str) -> bool:
     """Whether a path is of an adapter without trained tokens, or of something that vLLM is to fetch."""
-    folder = Path(path)
-    return not folder.is_file() and not ((folder / peft.CONFIG).is_file() and peft.has_trainable_tokens(folder))
+    return not Path(path).is_file() and not peft.trains_tokens(Path(path))
 
 
 def _admission(core: Any) -> Admission:

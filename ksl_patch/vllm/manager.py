@@ -130,9 +130,9 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             # vLLM's prefix cache knows an adapter by its name and path alone.
             if self._digests.setdefault(path, read.digest) != read.digest:
                 raise PatchError(f"{path} has another content than it had: give the new one a path of its own.")
-            loaded = self._adapter_manager.get_adapter(number)
-            if getattr(loaded, "ksl_patch_path", path) != path:
-                raise BankError(_two_contents(request, loaded))
+            other = getattr(self._adapter_manager.get_adapter(number), "ksl_patch_path", path)
+            if other != path:
+                raise BankError(two_contents(request, other))
             self._check(read)
         except KslPatchError as error:
             raise ValueError(f"{request.lora_name}: {error}") from error
@@ -164,7 +164,7 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
                         "a patch is not changed in place, where requests in flight would see it: replace it."
                     )
             elif known != path and (Path(path).is_file() or Path(known).is_file()):
-                raise ValueError(_two_contents(lora_request, loaded))
+                raise ValueError(two_contents(lora_request, known))
             else:  # vLLM changes ordinary adapters in place, and knows them by id
                 manager.activate_adapter(number)
                 return True
@@ -190,7 +190,7 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     def _load_other(self, request: LoRARequest) -> LoRAModel:
         """A LoRA with or without trained tokens, and one that has the embedding among its targets."""
         path = Path(get_adapter_absolute_path(request.lora_path))
-        if (path / peft.CONFIG).is_file() and peft.has_trainable_tokens(path):
+        if peft.trains_tokens(path):
             with tempfile.TemporaryDirectory() as folder:
                 peft.split_lora(path, Path(folder))
                 lora = super()._load_adapter(msgspec.structs.replace(request, lora_path=folder))
@@ -214,9 +214,9 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             if path.is_relative_to(store.root.resolve()):
                 store.hold()  # other processes of this engine read it too
             return _Read(request.lora_path, slot_rows(patch), patch, patch.digest)
-        if not ((path / peft.CONFIG).is_file() and peft.has_trainable_tokens(path)):
+        if not peft.trains_tokens(path) or peft.read_config(path).get("peft_type") == "LORA":
             return None
-        return None if peft.read_config(path).get("peft_type") == "LORA" else self._peft_rows(request.lora_path, path)
+        return self._peft_rows(request.lora_path, path)
 
     def _peft_rows(self, given: str, path: Path) -> _Read:
         self._raise_reason()
@@ -265,8 +265,9 @@ def input_embeddings(model: Any) -> list[str]:
     return [name for name, table in found.items() if table.embedding_dim == config.hidden_size] or list(found)
 
 
-def _two_contents(request: LoRARequest, loaded: Any) -> str:
-    return f"{request.lora_path} and {loaded.ksl_patch_path} were given one adapter id, {request.lora_int_id}."
+def two_contents(request: LoRARequest, other: str) -> str:
+    """The sentence for a request whose id has another path."""
+    return f"{request.lora_path} and {other} were given one adapter id, {request.lora_int_id}."
 
 
 def _weights(name: str, rows: SlotRows) -> LoRALayerWeights:

@@ -110,13 +110,13 @@ def _touch() -> None:
     stock_hash = LoRAConfig.compute_hash
     LoRAConfig.compute_hash = functools.wraps(stock_hash)(lambda self: f"{stock_hash(self)}-{_code()}")
 
-    # vLLM loads a model's weights before it sees that its class takes no adapters.
+    # vLLM 0.32 loads a model's weights before it sees that its class takes no adapters; 0.33 asks beforehand.
     stock_verify = LoRAConfig.verify_with_model_config
 
     @functools.wraps(stock_verify)
     def verify(self: Any, model_config: Any) -> None:
         stock_verify(self, model_config)
-        if model_config.runner_type == "draft":
+        if model_config.runner_type == "draft" or hasattr(type(model_config), "is_lora_supported"):
             return
         model, architecture = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
         if not supports_lora(model):
