@@ -16,7 +16,8 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
 # vLLM's V2 runner on a CPU, and vLLM 0.33 there, which has no wheel for CPUs: its Python over 0.32's compiled parts.
 V2 := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 VLLM_ENABLE_V1_MULTIPROCESSING=0
-NEXT := VLLM_TARGET_DEVICE=cpu .venv-vllm-next/bin/python -m pytest
+VLLM := KSL_PATCH_DEMO=$(abspath $(DEMO)) .venv-vllm/bin/python -m pytest
+NEXT := KSL_PATCH_DEMO=$(abspath $(DEMO)) VLLM_TARGET_DEVICE=cpu .venv-vllm-next/bin/python -m pytest
 
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 export TOKENIZERS_PARALLELISM = false
@@ -40,15 +41,15 @@ real: .venv/dev model
 	KSL_PATCH_DEMO=$(abspath $(DEMO)) $(BIN)/python -m pytest -m "real and not vllm"
 
 vllm: .venv-vllm/dev model
-	$(V2) .venv-vllm/bin/python -m pytest -m v2
-	KSL_PATCH_DEMO=$(abspath $(DEMO)) .venv-vllm/bin/python -m pytest -m "vllm and not v2 and not matrix"
+	$(V2) $(VLLM) -m v2
+	$(VLLM) -m "vllm and not v2 and not matrix"
 
 matrix: .venv-vllm/dev
-	.venv-vllm/bin/python -m pytest tests/test_vllm_matrix.py
+	$(VLLM) tests/test_vllm_matrix.py
 
 vllm-next: .venv-vllm-next/dev model
 	$(V2) $(NEXT) -m v2
-	KSL_PATCH_DEMO=$(abspath $(DEMO)) $(NEXT) -m "vllm and not v2 and not matrix"
+	$(NEXT) -m "vllm and not v2 and not matrix"
 
 stress: .venv/dev
 	$(BIN)/python tests/stress.py --seconds 60

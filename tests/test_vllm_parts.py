@@ -3,10 +3,15 @@
 import asyncio
 import functools
 import gc
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from conftest import run_cli
 
 from ksl_patch import Patch
 from ksl_patch.bank import SlotBank, SlotRows
@@ -128,6 +133,43 @@ def test_compiled_code_of_an_engine_without_this_package_is_not_taken_for_ours()
     config = LoRAConfig(max_lora_rank=8)
     stock = LoRAConfig.compute_hash.__wrapped__
     assert config.compute_hash() == f"{stock(config)}-{plugin._code()}"
+
+
+def test_a_class_without_adapters_is_said_before_weights_are_loaded(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    config = transformers.GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2, architectures=["GPT2LMHeadModel"])
+    config.save_pretrained(tmp_path)  # and no weights
+    sentence = "vLLM's GPT2LMHeadModel takes no adapters, and so no patches"
+    code, out, _ = run_cli("doctor", tmp_path, "--json")
+    found = {each["what"]: each for each in map(json.loads, out.splitlines())}[str(tmp_path)]
+    assert (code, found["state"], found["detail"]) == (1, "error", sentence)
+    command = [sys.executable, "-m", "ksl_patch", "serve", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"Error: {sentence}: serve it with `ksl_patch.attach`")
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MixtralForCausalLM"])
+def test_a_class_with_adapters_is_said_too(tmp_path, tokenizer, architecture):
+    tokenizer.save_pretrained(tmp_path)
+    kind = getattr(transformers, f"{architecture.removesuffix('ForCausalLM')}Config")
+    kind(vocab_size=400, hidden_size=64, num_hidden_layers=1, architectures=[architecture]).save_pretrained(tmp_path)
+    found = [json.loads(line) for line in run_cli("doctor", tmp_path, "--json")[1].splitlines()]
+    assert f"vLLM's {architecture} takes patches" in [each["detail"] for each in found if each["state"] == "ok"]
+
+
+def test_vllm_s_own_trained_tokens_are_not_taken_beside_ours(monkeypatch):
+    """The option of its pull request 55796, as it is there."""
+    from vllm.config.lora import LoRAConfig
+
+    from ksl_patch.vllm import plugin
+
+    plugin.register()
+    monkeypatch.setattr(plugin, "takes_no_adapters", lambda config: None)
+    monkeypatch.setattr(LoRAConfig, "max_lora_trainable_tokens", 8, raising=False)
+    with pytest.raises(ValueError, match="--max-lora-trainable-tokens gives .* leave it out"):
+        LoRAConfig(max_lora_rank=8).verify_with_model_config(SimpleNamespace(runner_type="generate"))
 
 
 def test_a_lock_of_a_name_goes_when_nobody_holds_it():

@@ -20,6 +20,7 @@ from test_vllm import (
     PATCHES,
     adapter,
     check_mixed,
+    check_real,
     environment,
     expected,
     folder,
@@ -118,3 +119,8 @@ def test_what_cannot_be_served_fails_its_own_request(engine, patches, plain, tmp
     assert [output.outputs[0].finish_reason for output in found] == ["error", "length", "error"]
     assert all("missing" in found[i].outputs[0].stop_reason for i in (0, 2))
     assert tokens(found)[1] == expected(plain["a"], text, 4)
+
+
+@pytest.mark.real
+def test_the_real_model_s_patches_in_a_mixed_batch(gemma):
+    check_real(gemma, 4)

