@@ -1,7 +1,7 @@
 # make test   install, lint, type-check, run every test    make fast   only the tests without the real model
 # make browser   the tests of reports in Chromium (apt-get install chromium)
 # make stress   threads, tasks, streams and continuous batching on one model for a minute, every answer checked
-# make gpu   what only a GPU can show of the transformers runtime, on a machine that has one
+# make gpu   what only a GPU can show: answers under CUDA graphs, speed, and of vLLM where it is installed
 # make study   what is not there yet of the figures of docs/experiments.md; all of them take about two hours on two cores
 # make vllm   the tests with vLLM, in an environment of its own (3.5 GB)    make vllm-next   the same with vLLM 0.33
 # make matrix   architectures of vLLM, one after the other, for the table of docs/serving.md
@@ -56,6 +56,8 @@ stress: .venv/dev
 
 gpu:
 	PYTHONPATH=. $(PYTHON) tests/gpu.py
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu/runtime.py --output benchmarks/results/runtime-gpu.json
+	! $(PYTHON) -c 'import vllm' || PYTHONPATH=. $(PYTHON) benchmarks/gpu/serving.py --output benchmarks/results/serving-vllm-gpu.json
 
 demo: model
 	$(BIN)/python examples/demo/demo.py $(DEMO)

@@ -89,6 +89,33 @@ def _bytes(model):
     return layer.lora_a_stacked.nbytes + layer.lora_b_stacked.nbytes
 
 
+def metadata(count, rounds):
+    """Host milliseconds of what a step writes down of who has which adapter, as vLLM does it and as ours does.
+
+    With `count` adapters, for a step of one token for each of as many requests, and for one of 2,048 tokens of prompts.
+    """
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from ksl_patch.vllm.layer import update_indices
+
+    made = {name: PunicaWrapperCPU(4096, max_batches=count, device="cpu") for name in ("vLLM's", "ours")}
+    update_indices(made["ours"])
+    slots = [number + 1 for number in range(count)]
+    found = {}
+    for what, each in (("a token each", 1), ("2,048 tokens of prompts", 2048 // count)):
+        tokens = tuple(number for number in slots for _ in range(each))
+        times = {name: [] for name in made}
+        for _ in range(20 * rounds):
+            for name, punica in made.items():
+                mapping = LoRAMapping(tokens, tuple(slots), is_prefill=True)
+                start = time.perf_counter()
+                punica.update_metadata(mapping, slots, count + 1, 50_000)
+                times[name].append(1e3 * (time.perf_counter() - start))
+        found[what] = {name: statistics.median(values) for name, values in times.items()}
+    return found
+
+
 class Engine:
     def __init__(self, base, kind, count, common):
         arguments = [sys.executable, __file__, "--worker", json.dumps([base, kind, count, *common])]
@@ -240,6 +267,15 @@ def main(base, random, rows, batch, tokens, counts, rounds, skip_throughput, out
             )  # fmt: skip
         for engine in engines.values():
             engine.process.kill()
+    results["metadata_ms"] = metadata(64, rounds)
+    show(
+        "A step's record of its adapters, 64 of them",
+        ("vLLM's / ours", "ours ms", "vLLM's ms", "step"),
+        [
+            (f"{stock / ours:.1f}", f"{ours:.3f}", f"{stock:.3f}", what)
+            for what, (stock, ours) in ((what, v.values()) for what, v in results["metadata_ms"].items())
+        ],
+    )
     report(results, output)
 
 

@@ -440,7 +440,7 @@ def test_the_real_model_s_patches_in_a_mixed_batch(gemma):
 
 
 def check_real(gemma, count):
-    """Gemma 3 270M in float32, prompts as text, one patch of its tied head too: tokens of tables overwritten by hand."""
+    """Gemma 3 270M in float32, prompts as text, one patch for its head too: tokens of tables overwritten by hand."""
     from ksl_patch.hf import load_base
 
     model, tokenizer = load_base(str(gemma), dtype=torch.float32)

@@ -126,8 +126,8 @@ def _touch() -> None:
             raise ValueError(problem)
         if getattr(self, "max_lora_trainable_tokens", 0):  # of vLLM's pull request 55796
             raise ValueError(
-                "--max-lora-trainable-tokens gives trained tokens buffers of vLLM's own, beside those of ksl-patch: leave "
-                "it out, and adapters that train tokens are served as they are."
+                "--max-lora-trainable-tokens gives trained tokens buffers of vLLM's own beside those of ksl-patch: "
+                "leave it out, and adapters that train tokens are served as they are."
             )
         stock_verify(self, model_config)
 
