@@ -42,6 +42,7 @@ real: .venv/dev model
 
 vllm: .venv-vllm/dev model
 	$(V2) $(VLLM) -m v2
+	$(VLLM) tests/test_vllm_matrix.py -m short
 	$(VLLM) -m "vllm and not v2 and not matrix"
 
 matrix: .venv-vllm/dev
@@ -49,6 +50,7 @@ matrix: .venv-vllm/dev
 
 vllm-next: .venv-vllm-next/dev model
 	$(V2) $(NEXT) -m v2
+	$(NEXT) tests/test_vllm_matrix.py -m short
 	$(NEXT) -m "vllm and not v2 and not matrix"
 
 stress: .venv/dev

@@ -192,7 +192,7 @@ def find_embedding(model: Any) -> EmbeddingTable:
     plain = _is_plain(weight)
     if plain and weight.device.type != "meta":
         sharing = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is weight and m is not module]
-        lookups = tuple(Lookup(m, _scale(m, weight.device, weight.dtype)) for m in (module, *sharing))
+        lookups = tuple(Lookup(m, embed_scale(m, weight.device, weight.dtype)) for m in (module, *sharing))
         for lookup in lookups:
             _check_lookup(lookup, weight, name)
         V, d = weight.shape
@@ -206,7 +206,7 @@ def find_embedding(model: Any) -> EmbeddingTable:
     device = torch.device(getattr(hook, "execution_device", None) or model.device)
     with torch.no_grad():
         dtype = module.forward(torch.zeros(1, 1, dtype=torch.int64, device=device)).dtype
-    lookup = Lookup(module, _scale(module, device, dtype))
+    lookup = Lookup(module, embed_scale(module, device, dtype))
     return EmbeddingTable((lookup,), head, tied, False, V, d, dtype, device, no_head)
 
 
@@ -223,7 +223,8 @@ def _stored(module: Any) -> Any:
     return weight
 
 
-def _scale(module: nn.Module, device: torch.device, dtype: torch.dtype) -> torch.Tensor | float | None:
+def embed_scale(module: nn.Module, device: torch.device, dtype: torch.dtype) -> torch.Tensor | float | None:
+    """What an embedding multiplies its rows by; None for nothing."""
     scale: Any = getattr(module, "embed_scale", None)
     # Gemma keeps a tensor and rounds it to the table's dtype, Bart multiplies by a float.
     return scale.to(device, dtype) if isinstance(scale, torch.Tensor) else scale

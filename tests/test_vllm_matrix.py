@@ -14,12 +14,11 @@ import torch
 import transformers
 from conftest import ROOT
 from test_vllm import environment, greedy, prompts, tokens
-from torch.nn import functional as F
 
 from ksl_patch import Patch
 
 __all__ = ["environment"]
-pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.vllm, pytest.mark.matrix, pytest.mark.filterwarnings("ignore")]
 PAGE = ROOT / "docs" / "serving.md"
 BEGIN, END = "<!-- the table of tests/test_vllm_matrix.py -->\n", "<!-- end of the table -->\n"
 IDS = list(range(2, 372, 12))
@@ -43,6 +42,7 @@ ARCHITECTURES = {
     "Gemma": ("GemmaConfig", {}),
     "Gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 32}),
     "Gemma3": ("Gemma3TextConfig", {"query_pre_attn_scalar": 32}),
+    "Gemma3 by transformers": ("Gemma3TextConfig", {"query_pre_attn_scalar": 32}),
     "Phi3": ("Phi3Config", {}),
     "Olmo2": ("Olmo2Config", {}),
     "Granite": ("GraniteConfig", {}),
@@ -80,7 +80,12 @@ ARCHITECTURES = {
                        "ffn_hidden_size": 64, "kv_channels": 32, "num_attention_heads": 4, "seq_length": 256,
                        "original_rope": True, "tie_word_embeddings": False}),
 }  # fmt: skip
-SHORT = ("GptOss", "InternLM2", "Idefics3")  # the others have a target of their own, `make matrix`
+SHORT = (
+    "GptOss",
+    "InternLM2",
+    "Idefics3",
+    "Gemma3 by transformers",
+)  # the others have a target of their own, `make matrix`
 FOREIGN = ("InternLM2", "Exaone", "BailingMoe", "ChatGLM")
 
 
@@ -124,18 +129,26 @@ def patch(layer, seed):
 
 
 class Overwritten:
-    """The engine's own table, overwritten by hand for a `with` block: every position reads this one."""
+    """The engine's own table, overwritten by hand around each lookup of a `with` block, for every position."""
 
     def __init__(self, layer, patch):
-        table = layer.base_layer.weight.detach().clone()
-        table[patch.token_ids] = patch.rows.to(table.dtype)
-        self.hook = layer.base_layer.register_forward_hook(lambda module, args, output: F.embedding(args[0], table))
+        base, ids = layer.base_layer, patch.token_ids
+        before, rows = base.weight.detach()[ids].clone(), patch.rows.to(base.weight.dtype)
+
+        def put(values):
+            base.weight.data[ids] = values
+
+        self.hooks = [
+            base.register_forward_pre_hook(lambda *_: put(rows)),
+            base.register_forward_hook(lambda *_: put(before)),
+        ]
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
 
 
 def said(outputs):
@@ -148,7 +161,6 @@ def said(outputs):
 def answer(folder, **options):
     """What the engine answers in a mixed batch, or the sentence with which it refuses."""
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     from ksl_patch.vllm import lora_request
 
@@ -190,8 +202,14 @@ def answer(folder, **options):
         return "", f"refused: {reason.removeprefix('Value error, ').partition(' [type=')[0]}"
     finally:
         del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
+        cleanup()
+
+
+def cleanup():
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+    gc.collect()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -207,12 +225,14 @@ def in_this_process():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in SHORT else [pytest.mark.matrix]) for name in ARCHITECTURES]
+    "name", [pytest.param(name, marks=[pytest.mark.short] if name in SHORT else []) for name in ARCHITECTURES]
 )
 def test_a_mixed_batch(name, tmp_path):
     name_of_class = write(name, tmp_path)
     options = {"limit_mm_per_prompt": {"image": 0}} if name in MULTIMODAL else {}
     options |= {"load_format": "dummy"} if name in FOREIGN else {}
+    if name.endswith(" by transformers"):
+        options["model_impl"], name_of_class = "transformers", f"{name_of_class}, `--model-impl transformers`"
     own, alone = answer(str(tmp_path), lora_target_modules=["embed_tokens"], **options)
     experts = any("experts" in key for key in ARCHITECTURES[name][1])
     beside = "not run: LoRA's kernels for experts need a GPU" if experts else answer(str(tmp_path), **options)[1]
@@ -226,6 +246,34 @@ def test_a_mixed_batch(name, tmp_path):
         PAGE.write_text(before + "\n".join([*head, *sorted(lines.values())]) + "\n" + after, encoding="utf-8")
     else:
         assert line in found.splitlines()
+
+
+@pytest.mark.short
+def test_what_would_read_the_table_past_its_layer_does_not(tmp_path, monkeypatch):
+    """DeepSeek's classes for CUDA do so where this attribute is true, which is set before there is a layer of ours."""
+    from vllm import LLM
+    from vllm.model_executor.models.llama import LlamaModel
+
+    from ksl_patch.vllm import manager
+
+    write("Llama", tmp_path)
+    options = {
+        "dtype": "float32", "max_model_len": 96, "enforce_eager": True, "skip_tokenizer_init": True,
+        "enable_lora": True, "lora_target_modules": ["embed_tokens"], "max_lora_rank": 8,
+    }  # fmt: skip
+    monkeypatch.setattr(LlamaModel, "replicated_embed", True, raising=False)
+    for looks_up in (True, False):
+        monkeypatch.setattr(manager.PatchedEmbedding, "looks_up", lambda self, answer=looks_up: answer)
+        llm = LLM(str(tmp_path), **options)
+        runner = llm.llm_engine.model_executor.driver_worker.model_runner
+        assert runner.model.model.replicated_embed is False
+        assert (runner.lora_manager.reason is None) is looks_up
+        assert looks_up or "does more than look a row up" in runner.lora_manager.reason
+        # What is loaded later, such as a drafter, is still told that the embedding alone takes adapters.
+        assert runner.lora_config.target_modules == ["model.embed_tokens"]
+        assert manager.embedding_alone(runner.lora_config)
+        del llm, runner
+        cleanup()
 
 
 def split(page):

@@ -159,6 +159,34 @@ def test_a_class_with_adapters_is_said_too(tmp_path, tokenizer, architecture):
     assert f"vLLM's {architecture} takes patches" in [each["detail"] for each in found if each["state"] == "ok"]
 
 
+def test_a_refusal_of_a_value_names_its_option():
+    from ksl_patch.vllm.launch import _in_words
+
+    assert _in_words("Value error, no.", ("gpu",)) == "no."
+    assert _in_words("Input should be less than 1", ("max_loras",)) == "max_loras: Input should be less than 1."
+
+
+def test_a_build_of_vllm_that_lacks_a_module_is_left_alone(monkeypatch):
+    from ksl_patch.vllm import plugin
+
+    def moved():
+        raise ModuleNotFoundError("No module named 'vllm.lora.punica_wrapper'")
+
+    monkeypatch.setattr(plugin, "_touched", moved)
+    assert plugin.incompatibility().endswith("lacks what it builds on: No module named 'vllm.lora.punica_wrapper'.")
+
+
+def test_a_lora_that_nobody_made_rows_of_is_an_error_and_a_warm_up_is_none():
+    from ksl_patch.vllm.layer import PatchedEmbedding
+
+    cleared = []
+    layer = SimpleNamespace(bank=SimpleNamespace(clear=cleared.append))
+    PatchedEmbedding.set_lora(layer, 2, torch.zeros(4, V), torch.zeros(D, 4))
+    assert cleared == [3]
+    with pytest.raises(ValueError, match="came past the manager"):
+        PatchedEmbedding.set_lora(layer, 2, torch.ones(4, V), torch.ones(D, 4))
+
+
 def test_vllm_s_own_trained_tokens_are_not_taken_beside_ours(monkeypatch):
     """The option of its pull request 55796, as it is there."""
     from vllm.config.lora import LoRAConfig

@@ -62,15 +62,14 @@ def certify(
     if as_json:
         print(it.as_json(result))
         return
-    from rich.console import Console
-
     from ksl_patch.certify import MEANING
+    from ksl_patch.terminal import PlainConsole
 
-    console = Console(width=None if Console().is_terminal else 120)
+    console = PlainConsole(width=None if PlainConsole().is_terminal else 120)
     console.print(table(result))
-    console.print(MEANING, markup=False, highlight=False)
+    console.print(MEANING)
     for note in result.notes:
-        console.print(f"Note: {note}", markup=False, highlight=False)
+        console.print(f"Note: {note}")
     if it.target is not None:
         click.echo(f"Wrote the certificate into {it.target}. {replaced}".rstrip())
 
@@ -78,7 +77,6 @@ def certify(
 def table(certificate: Certificate) -> Table:
     """The statements, what was found, and what each rests on."""
     from rich.table import Table
-    from rich.text import Text
 
     from ksl_patch.certify import statements
 
@@ -90,5 +88,5 @@ def table(certificate: Certificate) -> Table:
     for name in ("", "found", "assumptions"):
         result.add_column(name, overflow="fold", ratio=3 if name == "assumptions" else 2)
     for what, found, assumption in statements(certificate):
-        result.add_row(what, found, Text(assumption))
+        result.add_row(what, found, assumption)
     return result

@@ -32,20 +32,16 @@ def diff(first: str, second: str, rows: int, as_json: bool) -> None:
             "equal": equal, **dataclasses.asdict(found),
         }))  # fmt: skip
     else:
-        from rich.console import Console
         from rich.table import Table
-        from rich.text import Text
 
-        console = Console(width=None if Console().is_terminal else 120)
+        from ksl_patch.terminal import PlainConsole
+
+        console = PlainConsole(width=None if PlainConsole().is_terminal else 120)
         for what, (one, other) in found.settings.items():
-            console.print(
-                f"{what}: {one!r} in {a.meta.name}, {other!r} in {b.meta.name}", markup=False, highlight=False
-            )
+            console.print(f"{what}: {one!r} in {a.meta.name}, {other!r} in {b.meta.name}")
         console.print(
             f"{len(found.added)} tokens only in {second}, {len(found.removed)} only in {first}, {len(found.same)} with "
             f"the same row, {len(found.changed)} with another one",
-            markup=False,
-            highlight=False,
         )
         tokens = token_texts(a, b)
         table = Table(box=None, pad_edge=False)
@@ -55,7 +51,7 @@ def diff(first: str, second: str, rows: int, as_json: bool) -> None:
         lines += [("~", row.token_id, f"{row.cosine:.3f}", f"{row.norm:.3f}") for row in found.changed]
         for mark, i, *numbers in lines[:rows]:
             text = json.dumps(tokens[i], ensure_ascii=False) if i in tokens else ""
-            table.add_row(mark, str(i), Text(text), *numbers)
+            table.add_row(mark, str(i), text, *numbers)
         console.print(table)
         if len(lines) > rows:
             console.print(f"... and {len(lines) - rows} more; --rows shows them")

@@ -13,13 +13,18 @@ from importlib import metadata
 from typing import Literal
 
 import click
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import ksl_patch
+from ksl_patch.terminal import PlainConsole
 
-_MARKS = {"ok": "[green]ok[/]", "absent": "[dim]-[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
+_MARKS = {
+    "ok": Text("ok", "green"),
+    "absent": Text("-", "dim"),
+    "warning": Text("warning", "yellow"),
+    "error": Text("error", "red"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,11 @@ def doctor(base: str | None, as_json: bool) -> None:
     for check in checks:
         for finding in _safely(check):
             findings.append(finding)
-            table.add_row(_MARKS[finding.state], finding.what, escape(finding.detail), escape(finding.fix))
+            table.add_row(_MARKS[finding.state], finding.what, finding.detail, finding.fix)
             if as_json:
                 click.echo(json.dumps(asdict(finding)))
     if not as_json:
-        Console().print(table)
+        PlainConsole().print(table)
     if any(finding.state == "error" for finding in findings):
         raise click.exceptions.Exit(1)
 

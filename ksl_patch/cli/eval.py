@@ -80,14 +80,14 @@ def eval(
     if as_json:
         print(it.as_json(result))
         return
-    from rich.console import Console
+    from ksl_patch.terminal import PlainConsole
 
-    console = Console(width=None if Console().is_terminal else 140)
+    console = PlainConsole(width=None if PlainConsole().is_terminal else 140)
     console.print(table(result, console.width))
     for sentence in (where_from(result), which_occur(result)):
-        console.print(sentence, markup=False, highlight=False)
+        console.print(sentence)
     for note in result.notes:
-        console.print(f"Note: {note}", markup=False, highlight=False)
+        console.print(f"Note: {note}")
     if it.target is not None:
         click.echo(f"Wrote the figures into {it.target}. {replaced or loss}".rstrip())
 

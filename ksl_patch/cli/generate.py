@@ -6,6 +6,8 @@ import json
 
 import click
 
+from ksl_patch.terminal import visible
+
 _BASE = "base"
 
 
@@ -76,4 +78,4 @@ def generate(
                 "stopped": completion.stopped, "tokens": completion.tokens,
             }, ensure_ascii=False))  # fmt: skip
         else:
-            click.echo(f"[{choice}] {prompt}\n{completion.text.strip()}\n")
+            click.echo(visible(f"[{choice}] {prompt}\n{completion.text.strip()}\n"))

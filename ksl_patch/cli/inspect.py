@@ -35,22 +35,21 @@ def inspect(reference: str, rows: int, as_json: bool) -> None:
 
 
 def _print(patch: Patch, size: int, limit: int) -> None:
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from ksl_patch.errors import PatchError
     from ksl_patch.evidence import P_RANKS, Evaluation, in_words, occurrence_table, read, which_occur
+    from ksl_patch.terminal import PlainConsole
 
     meta, base = patch.meta, patch.meta.base
-    console = Console()
+    console = PlainConsole()
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
 
     def fact(name: str, value: object) -> None:
         if value is not None:
-            facts.add_row(name, Text(str(value)))
+            facts.add_row(name, str(value))
 
     fact("patch", meta.name)
     fact("language", meta.language)
@@ -90,7 +89,7 @@ def _print(patch: Patch, size: int, limit: int) -> None:
     for row in rows[:limit]:
         table.add_row(
             str(row["token_id"]),
-            Text("" if row["token"] is None else json.dumps(row["token"], ensure_ascii=False)),
+            "" if row["token"] is None else json.dumps(row["token"], ensure_ascii=False),
             *(
                 "" if row[key] is None else f"{row[key]:{form}}"
                 for key, form in (("statistic", ".4f"), ("pvalue", ".2g"))
@@ -102,8 +101,8 @@ def _print(patch: Patch, size: int, limit: int) -> None:
     console.print(table)
     if evaluation is not None and counted:
         where = f"{', '.join(counted[:-1])}: how often the token is read there in the {evaluation.what}. "
-        console.print(where + which_occur(evaluation), markup=False, highlight=False)
+        console.print(where + which_occur(evaluation))
     if meta.ticket and meta.ticket.pvalue:
-        console.print(f"p {P_RANKS}.", highlight=False)
+        console.print(f"p {P_RANKS}.")
     if len(rows) > limit:
         console.print(f"... and {len(rows) - limit} more; --rows shows them")

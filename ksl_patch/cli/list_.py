@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import click
-from rich.console import Console
 from rich.table import Table
+
+from ksl_patch.terminal import PlainConsole
 
 
 @click.command("list")
@@ -36,4 +37,4 @@ def list_(as_json: bool) -> None:
             click.echo(json.dumps(found, ensure_ascii=False))
         table.add_row(*row, entry.digest[:12])
     if not as_json:
-        Console().print(table)
+        PlainConsole().print(table)

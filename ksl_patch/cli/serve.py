@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from ksl_patch.errors import RunError
+from ksl_patch.terminal import PlainConsole
 from ksl_patch.vllm.plugin import SUPPORTED
 from ksl_patch.vllm.settings import KEY, read_settings
 
@@ -257,4 +257,4 @@ def _show(base: str, served: list[tuple[str, str, Patch | None, int]]) -> None:
             shown = "" if template is None else "chat" if template.chat else template.text.strip().splitlines()[0]
             language = patch.meta.language or ""
             table.add_row(name, language, str(len(patch.token_ids)), patch.digest[:12], shown)
-    Console(stderr=True).print(table)
+    PlainConsole(stderr=True).print(table)

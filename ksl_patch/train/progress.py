@@ -6,8 +6,9 @@ import json
 from types import TracebackType
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from ksl_patch.terminal import PlainConsole
 
 
 class Reporter(Protocol):
@@ -73,8 +74,8 @@ class JsonReporter:
 class RichReporter:
     """Progress bars with the loss and the time left, on standard error; plain lines where that is no terminal."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+    def __init__(self, console: PlainConsole | None = None) -> None:
+        self._console = console or PlainConsole(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:<20}"),
             BarColumn(),
@@ -98,7 +99,7 @@ class RichReporter:
 
     def note(self, event: str, message: str, **values: Any) -> None:
         """A line above the bars."""
-        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(message, soft_wrap=True)
 
     def begin(self, stage: str, total: int) -> None:
         """A new bar."""

@@ -133,7 +133,8 @@ def admit_requests() -> None:
     @functools.wraps(stock["collective_rpc"])
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock["collective_rpc"](self, method, *args, **kwargs)
-        if not str(method).startswith("ksl_patch_") and hasattr(self, "scheduler"):
+        patched = self.vllm_config.lora_config is not None and hasattr(self, "scheduler")
+        if patched and not str(method).startswith("ksl_patch_"):
             _admission(self).base_may_be_another(str(method))
         return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib import metadata
 
@@ -22,10 +23,19 @@ def main() -> None:
     try:
         run()
     except ValidationError as error:  # of vLLM's configuration, our own refusals among them
-        reasons = [each["msg"].removeprefix("Value error, ") for each in error.errors()]
+        reasons = [_in_words(each["msg"], each["loc"]) for each in error.errors()]
         sys.exit(f"Error: {' '.join(reasons)}")
     except OSError as error:  # a base that is not there, a port that is taken
+        if isinstance(error, TimeoutError) or not str(error):
+            raise
+        logging.getLogger("vllm").debug("where it came from", exc_info=True)
         sys.exit(f"Error: {error}")
+
+
+def _in_words(message: str, where: tuple[int | str, ...]) -> str:
+    """A refusal of vLLM's own, or pydantic's of a value, with the option's name."""
+    own, sentence = message.startswith("Value error, "), message.removeprefix("Value error, ")
+    return sentence if own or not where else f"{'.'.join(map(str, where))}: {sentence}."
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from vllm.config import get_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from ksl_patch.bank import SlotBank, SlotRows
+from ksl_patch.base import embed_scale
 from ksl_patch.overlay import correct_logits, replace_rows
 from ksl_patch.vllm.settings import read_settings
 
@@ -80,6 +82,11 @@ class PatchedEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]
                 "with --enable-prompt-embeds this runner of vLLM looks up some of a batch's tokens without saying "
                 "which: leave it out."
             )
+        elif self.vllm_config.parallel_config.use_ubatching:
+            self.reason = (
+                "with two micro-batches at a time (--enable-dbo, --ubatch-size) vLLM says who has which patch for the "
+                "first of them alone: leave it out."
+            )
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
@@ -88,6 +95,8 @@ class PatchedEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Fill a slot with what `pack` gave. vLLM's warm-up adapters, floating-point zeros, leave it empty."""
         if lora_a.is_floating_point():
+            if lora_b.any():
+                raise ValueError("a LoRA of the embedding came past the manager that makes rows of it.")
             self.bank.clear(index + 1)
         else:
             self.bank.write(index + 1, unpack(lora_a, lora_b))
@@ -97,7 +106,25 @@ class PatchedEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]
         bank = self.bank.tensors
         indices = self.punica_wrapper._token_lora_indices[: x.numel()].view_as(x)
         position = bank.lookup(self.slot_of(indices), x)
-        return replace_rows(self.base_layer(x), position, bank.rows, None)
+        return replace_rows(self.base_layer(x), position, bank.rows, self.scale)
+
+    @property
+    def scale(self) -> torch.Tensor | float | None:
+        """What the base's own class multiplies a row by, where it is transformers' implementation of a model."""
+        rows = self.bank.tensors.rows
+        return embed_scale(self.base_layer, rows.device, rows.dtype)
+
+    def unscaled(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The base's rows [k, d] of token_ids int64 [k], from whichever rank has them."""
+        rows: torch.Tensor = VocabParallelEmbedding.forward(self.base_layer, token_ids)
+        return rows
+
+    @torch.no_grad()
+    def looks_up(self) -> bool:
+        """Whether the base's layer looks a row up, scales it, and does nothing more."""
+        ids = torch.arange(min(8, self.base_layer.org_vocab_size), device=self.bank.tensors.rows.device)
+        expected, scale = self.unscaled(ids), self.scale
+        return torch.equal(self.base_layer(ids), expected if scale is None else expected * scale)
 
     def slot_of(self, indices: torch.Tensor) -> torch.Tensor:
         """vLLM's index of an adapter, -1 for none, as a slot. Padding holds anything and may not point outside."""

@@ -27,6 +27,7 @@ from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch
 from ksl_patch.store.local import Store
 from ksl_patch.vllm.layer import PatchedEmbedding, follow_head, pack, update_indices
+from ksl_patch.vllm.settings import embedding_alone
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,12 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         else:
             self.name, self.layer = names[0], modules[names[0]]
             self.reason = self.layer.reason
+            if self.reason is None and not self.layer.looks_up():
+                self.reason = f"{type(model).__name__}'s input embedding does more than look a row up and scale it."
+            for module in model.modules():
+                # DeepSeek's classes for CUDA read the whole table past its layer, in one kernel with the first norm.
+                if getattr(module, "replicated_embed", False):
+                    module.replicated_embed = False
             follow_head(model, self.layer, last=get_pp_group().is_last_rank)
         if modules and all(isinstance(module, PatchedEmbedding) for module in modules.values()):
             for punica in self._adapter_manager.punica_wrapper_mapping.values():
@@ -107,6 +114,7 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         model.embedding_modules = self.embedding_modules = modules
         targets = self.lora_config.target_modules
         if targets is not None and "embed_tokens" in targets:
+            self.lora_config.ksl_patch_alone = embedding_alone(self.lora_config)  # for what is loaded after it
             self.lora_config.target_modules = [name if target == "embed_tokens" else target for target in targets]
 
     def add(self, request: LoRARequest) -> int | None:
@@ -200,9 +208,13 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
                 lora.loras[self.name] = _weights(self.name, read.rows)
             return lora
         lora = super()._load_adapter(request)
-        for name, layer in self._adapter_manager.modules.items():
-            if isinstance(layer, PatchedEmbedding) and name in lora.loras:
-                lora.loras[name] = _weights(name, _as_rows(layer, lora.loras[name]))
+        manager = self._adapter_manager
+        for name, layer in manager.modules.items():
+            # vLLM finds it by shorter names too, where a class is served as another task's.
+            found = manager._get_lora_layer_weights(lora, name) if isinstance(layer, PatchedEmbedding) else None
+            if found is not None:
+                lora.loras = {key: value for key, value in lora.loras.items() if value is not found}
+                lora.loras[name] = _weights(name, _as_rows(layer, found))
         return lora
 
     def _open(self, request: LoRARequest) -> _Read | None:
@@ -285,7 +297,7 @@ def _as_rows(layer: PatchedEmbedding, lora: LoRALayerWeights) -> SlotRows:
             f"the adapter changes {len(token_ids)} rows of the embedding, and a slot has room for "
             f"{layer.bank.max_rows}: reserve more with max_rows, or leave the embedding out of the adapter."
         )
-    base = layer.base_layer(token_ids.to(layer.bank.tensors.rows.device)).cpu()
+    base = layer.unscaled(token_ids.to(layer.bank.tensors.rows.device)).cpu()
     change = lora.scaling * (lora.lora_a[:, token_ids].T.float() @ lora.lora_b.T.float())
     rows = SlotRows(token_ids, (base.float() + change).to(base.dtype))
     layer.bank.check(rows)

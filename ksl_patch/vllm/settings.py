@@ -41,3 +41,8 @@ def read_settings(additional_config: Any) -> Settings:
         return msgspec.convert(given, Settings)
     except msgspec.ValidationError as error:
         raise RunError(f"--additional-config has no valid {KEY!r} ({error}).") from error
+
+
+def embedding_alone(lora_config: Any) -> bool:
+    """Whether an engine gives adapters to the input embedding and to nothing else, as `ksl-patch serve` has it."""
+    return bool(getattr(lora_config, "ksl_patch_alone", lora_config.target_modules == ["embed_tokens"]))

@@ -1,0 +1,29 @@
+"""Text from outside, such as a patch's template or a model's answer, on a terminal: as text and nothing else."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+_DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # which may hide or reorder others
+
+
+class PlainConsole(Console):
+    """Rich's, to which `[bold]`, `[/INST]` and `:smile:` are text; what moves a cursor is shown as its code."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        r"""Text as it is written, but for control characters: `\x1b` in place of an escape."""
+        return super().render_str(visible(text), **options)
+
+
+def visible(text: str) -> str:
+    r"""The text with control characters, and those that change its direction, as `\x1b` and `\u202e`."""
+    return "".join(
+        repr(c)[1:-1] if c in _DIRECTIONS or (unicodedata.category(c) == "Cc" and c not in "\n\t") else c for c in text
+    )
