@@ -85,7 +85,7 @@ def worker(base, kind, count, rows, batch, tokens, folder, eager):
 def _bytes(model):
     layer = model.get_submodule("model.embed_tokens")
     if hasattr(layer, "bank"):
-        return layer.bank.nbytes
+        return layer.bank.tensors.nbytes
     return layer.lora_a_stacked.nbytes + layer.lora_b_stacked.nbytes
 
 

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -246,7 +247,7 @@ def identify(model: Any, tokenizer: Any = None) -> BaseIdentity:
     """The identity of a loaded model, taken from its table and, when given, its tokenizer."""
     table = find_embedding(model)
     return BaseIdentity(
-        model_id=getattr(model.config, "_name_or_path", None) or None,
+        model_id=public_id(getattr(model.config, "_name_or_path", None) or ""),
         revision=getattr(model.config, "_commit_hash", None),
         fingerprint=fingerprint(table.weight),
         vocab_size=table.vocab_size,
@@ -256,6 +257,18 @@ def identify(model: Any, tokenizer: Any = None) -> BaseIdentity:
         tokenizer_digest=None if tokenizer is None else tokenizer_digest(tokenizer),
         body=body_digest(model, table.dtype),
     )
+
+
+def public_id(name_or_path: str) -> str | None:
+    """A base's id on the Hub, or the last name of its folder: where somebody keeps it is nobody else's business."""
+    if not name_or_path:
+        return None
+    path = Path(name_or_path)
+    for part in path.parts:
+        if part.startswith("models--") and "snapshots" in path.parts:  # the Hub's cache
+            return part.removeprefix("models--").replace("--", "/", 1)
+    local = path.is_absolute() or name_or_path.startswith((".", "~")) or path.exists() or len(path.parts) > 2
+    return path.resolve().name if local else name_or_path
 
 
 @torch.no_grad()
@@ -403,11 +416,8 @@ def check_base(
     token_ids: torch.Tensor,
     base_rows: torch.Tensor,
     table: EmbeddingTable,
-    vocabulary: str | None = None,
 ) -> None:
     """Check that a model's table is that of the base which `identity` and the base rows [k, d] of a patch come from.
-
-    vocabulary: the `tokenizer_digest` of the tokenizer in use, None to leave it unchecked.
 
     The rows must be equal when the dtypes are, else equal up to rounding to the coarser dtype; those of a table
     that is not plain (quantised, say) must each be within a fifth of the row's norm.
@@ -435,12 +445,6 @@ def check_base(
             f"{int(differs.sum())} of the patch's {len(token_ids)} base rows differ from this model's, which must "
             f"agree {how}: the first is token {first}, the largest difference {distance:.3g}. The patch was made for "
             f"{identity.model_id or 'another base'}."
-        )
-    trained = identity.tokenizer_digest
-    if vocabulary is not None and trained is not None and vocabulary != trained:
-        raise BaseMismatchError(
-            f"the tokenizer's vocabulary (sha256 {vocabulary[:12]}...) is not the one the patch was made with "
-            f"({trained[:12]}...): its token ids would mean other tokens."
         )
 
 

@@ -33,5 +33,9 @@ class RunError(KslPatchError):
     """A build or a generation cannot be started or continued with what it was given."""
 
 
+class OtherVocabularyWarning(UserWarning):
+    """A tokenizer has a patch's tokens as they were in its training, and others not."""
+
+
 class OtherBodyWarning(UserWarning):
     """A patch is on a model that has its base's rows and other weights beside them."""

@@ -9,6 +9,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,6 +154,14 @@ def _steps_cpu(
     return h
 
 
+def _compiled(function: Any) -> Any:
+    """numba's compiled function, kept on disk where there is a place for it: not in every container."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
 # The integer of the same width, its exponent bits (all set means NaN or infinity), and the lowest of them.
 _BITS: dict[torch.dtype, tuple[torch.dtype, int, int]] = {
     torch.bfloat16: (torch.int16, 0x7F80, 0x80),
@@ -162,7 +171,7 @@ _BITS: dict[torch.dtype, tuple[torch.dtype, int, int]] = {
 }
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _scan(x, y, exponent, unit, sign, changed):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Mark the rows whose bits differ; return 2 * row (+ 1 for y) of the first non-finite row, or -1.
 
@@ -184,7 +193,7 @@ def _scan(x, y, exponent, unit, sign, changed):  # type: ignore[no-untyped-def] 
     return -1
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _order_keys(bits):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """In place: 16-bit float patterns to int16 of the same order, -0.0 and 0.0 to the same key."""
     for r in range(bits.shape[0]):
@@ -194,7 +203,7 @@ def _order_keys(bits):  # type: ignore[no-untyped-def]  # pragma: no cover - com
                 bits[r, c] = -(value & np.int16(0x7FFF))
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _merge(x, y):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """max |i - j| while walking two sorted rows: D * d, [R].
 

@@ -16,6 +16,7 @@ import stat
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,7 @@ from ksl_patch.base import (
     tensor_bytes,
     tokenizer_digest,
 )
-from ksl_patch.errors import OtherBodyWarning, PatchError
+from ksl_patch.errors import BaseMismatchError, OtherBodyWarning, OtherVocabularyWarning, PatchError
 
 FORMAT_VERSION = 1
 _MAX_HEADER = 16 * 2**20  # parsed JSON takes many times its text in memory
@@ -51,7 +52,7 @@ _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _MAX_FIELDS = 16
 # RFC 5646: language, script, region, variants, extensions and private use; well-formed, not registered.
 _LANGUAGE = re.compile(
-    r"[A-Za-z]{2,8}(-[A-Za-z]{4})?(-([A-Za-z]{2}|\d{3}))?(-([A-Za-z0-9]{5,8}|\d[A-Za-z0-9]{3}))*"
+    r"[A-Za-z]{2,8}(-[A-Za-z]{3}){0,3}(-[A-Za-z]{4})?(-([A-Za-z]{2}|\d{3}))?(-([A-Za-z0-9]{5,8}|\d[A-Za-z0-9]{3}))*"
     r"(-[A-WY-Za-wy-z0-9](-[A-Za-z0-9]{2,8})+)*(-x(-[A-Za-z0-9]{1,8})+)?"
 )
 
@@ -303,10 +304,12 @@ class Patch:
     def check(self, model: Any, tokenizer: Any = None) -> None:
         """Raise BaseMismatchError unless `model` (and `tokenizer`) is the base of this patch.
 
-        Warns with OtherBodyWarning when the patch's rows are the base's and other weights are not.
+        Warns with OtherBodyWarning when the patch's rows are the base's and other weights are not, and with
+        OtherVocabularyWarning when the patch's tokens are the base's and others are not.
         """
-        vocabulary = None if tokenizer is None else tokenizer_digest(tokenizer)
-        self.check_table(find_embedding(model), vocabulary)
+        self.check_table(find_embedding(model))
+        if tokenizer is not None:
+            self.check_vocabulary(tokenizer)
         self.check_body(model)
 
     def check_body(
@@ -324,9 +327,35 @@ class Patch:
                 stacklevel=stacklevel,
             )
 
-    def check_table(self, table: EmbeddingTable, vocabulary: str | None = None) -> None:
-        """The same for a model's table and its tokenizer's digest, where they are at hand."""
-        check_base(self.meta.base, self.token_ids, self.base_rows, table, vocabulary)
+    def check_table(self, table: EmbeddingTable) -> None:
+        """The same for a model's table, where it is at hand."""
+        check_base(self.meta.base, self.token_ids, self.base_rows, table)
+
+    def check_vocabulary(self, tokenizer: Any, digest: str | None = None, stacklevel: int = 3) -> None:
+        """Raise BaseMismatchError where the patch's ids are other tokens of this tokenizer than in training.
+
+        digest: its `tokenizer_digest`, where that is known. A tokenizer that is another elsewhere alone, for an added
+        token, say, is good enough, and warned of with OtherVocabularyWarning.
+        """
+        made_with, own = self.meta.base.tokenizer_digest, digest or tokenizer_digest(tokenizer)
+        if made_with is None or own == made_with:
+            return
+        other = f"the tokenizer's vocabulary (sha256 {own[:12]}...) is not the one the patch was made with"
+        if self.meta.tokens is None:
+            raise BaseMismatchError(
+                f"{other} ({made_with[:12]}...), and the patch does not say which tokens its ids are: give the base's "
+                "own tokenizer."
+            )
+        for token_id, text in zip(self.token_ids.tolist(), self.meta.tokens, strict=True):
+            if (found := token_text(tokenizer, token_id)) != text:
+                raise BaseMismatchError(
+                    f"{other} ({made_with[:12]}...): token {token_id} is {found!r} here, and {text!r} to the patch."
+                )
+        warnings.warn(
+            f"{other}; the tokens of {self.meta.name} are the same in both, others are not.",
+            OtherVocabularyWarning,
+            stacklevel=stacklevel,
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -418,6 +447,23 @@ class Patch:
         }
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
+    def outside(self, table: EmbeddingTable) -> list[dict[str, Any]]:
+        """Rows whose norm none of the base's own rows has: token_id, norm, and the smallest and largest norm there.
+
+        table: the base's. Such a row is a stronger control over the model than any text is.
+        """
+        pieces = torch.split(torch.arange(table.vocab_size), 1 << 14)
+        norms = torch.cat([table.rows(piece).float().norm(dim=1).cpu() for piece in pieces])
+        low, high = float(norms.min()), float(norms.max())
+        rows = self.rows if self.output_rows is None else torch.cat([self.rows, self.output_rows])
+        own = rows.float().norm(dim=1).tolist()
+        ids = self.token_ids.tolist() * (len(own) // len(self.token_ids))
+        return [
+            {"token_id": i, "norm": norm, "smallest": low, "largest": high}
+            for i, norm in zip(ids, own, strict=True)
+            if not low <= norm <= high
+        ]
+
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {"base_rows": self.base_rows, "rows": self.rows, "token_ids": self.token_ids}
         if self.output_rows is not None:
@@ -441,6 +487,8 @@ def _as_written(meta: PatchMeta) -> dict[str, Any]:
 
 def token_text(tokenizer: Any, token_id: int) -> str:
     """A token as text; by its name in the vocabulary where it is no whole character."""
+    if token_id >= len(tokenizer):
+        return ""
     text: str = tokenizer.decode([token_id])
     return tokenizer.convert_ids_to_tokens(token_id) or "" if "\ufffd" in text or not text else text
 
@@ -462,16 +510,18 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
+        with suppress(PermissionError):  # a file system without modes
+            Path(temporary).chmod(0o666 & ~umask)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with suppress(OSError):  # what was written is there; some file systems cannot sync or open a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def check_fields(names: Sequence[str]) -> None:
@@ -485,9 +535,14 @@ def check_fields(names: Sequence[str]) -> None:
         raise PatchError(f"a template has at most {_MAX_FIELDS} fields beside the sentence, not {len(names)}.")
 
 
+def is_name(name: str) -> bool:
+    """Whether a text can be a patch's name."""
+    return bool(_NAME.fullmatch(name))
+
+
 def check_name(name: str) -> str:
     """A patch's name, if it is one. Raises PatchError."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise PatchError(
             f"{name[:100]!r} is not a patch name: use up to 96 letters, digits, '.', '_' and '-', "
             "starting with a letter or digit."

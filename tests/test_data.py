@@ -54,14 +54,15 @@ def test_other_columns_and_translation_dicts(tmp_path):
             "line 2: expected the columns",
         ),
         ("p.jsonl", '{"source": "a", "target": "b"\n', "line 1: not valid JSON"),
-        ("p.jsonl", '["a", "b"]\n', "line 1: expected the columns"),
+        ("p.jsonl", '["a", "b"]\n', "item 1: expected an object with columns, found str"),
         ("p.jsonl", '{"source": "a", "target": "  "}\n', "line 1: source and target must both be text"),
         ("p.jsonl", '{"source": "a", "target": 3}\n', "line 1: source and target must both be text"),
         ("p.jsonl", '{"source": "a", "target": "\\ud800"}\n', "line 1: half of a surrogate pair"),
         ("p.jsonl", "\n\n", "no sentence pairs"),
         ("p.tsv", "a\tb\nc\n", "line 2: expected source, tab, target; found 1 fields"),
-        ("p.csv", "a,b\n", "must end in .jsonl or .tsv"),
-        ("p.tsv", b"\xff\xfe\t\n", "cannot be read as UTF-8"),
+        ("p.csv", 'a,b\n"c\nd",e,f\n', "lines 2 to 3: expected source, comma, target; found 3 fields"),
+        ("p.xlsx", "a,b\n", "must end in .jsonl, .csv, .tsv or .parquet"),
+        ("p.tsv", b"\xff\t\n", "cannot be read as UTF-8"),
     ],
 )
 def test_wrong_files_are_refused_with_the_line(tmp_path, name, content, message):

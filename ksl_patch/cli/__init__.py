@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ksl_patch import __version__
-from ksl_patch.errors import KslPatchError, OtherBodyWarning
+from ksl_patch.errors import KslPatchError, OtherBodyWarning, OtherVocabularyWarning
 
 _COMMANDS = (
     "add",
@@ -64,7 +64,7 @@ _others = warnings.showwarning
 
 def _say(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     """A warning of ours in one line, another's as ever."""
-    if issubclass(category, OtherBodyWarning):
+    if issubclass(category, OtherBodyWarning | OtherVocabularyWarning):
         click.echo(f"Warning: {message}", err=True)
     else:
         _others(message, category, *where, **more)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ksl_patch.cli.options import columns_option
+from ksl_patch.cli.options import columns_option, one_or_several
 
 
 def named_rows(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str | int, ...]:
@@ -40,9 +40,14 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
 @click.option(
     "--pairs",
     required=True,
+    multiple=True,
+    callback=one_or_several,
     metavar="F",
-    help="Sentence pairs: .jsonl, .tsv, or a Hugging Face dataset id[:config[:split]].",
+    help="Sentence pairs: .jsonl, .json, .csv, .tsv or .parquet, as .gz or .zst too; two files with a sentence a line "
+    "each (--pairs train.en --pairs train.sw); or a Hugging Face dataset id[@revision][:config[:split]]. Several files "
+    "are read one after the other.",
 )
+@click.option("--strict", is_flag=True, help="Refuse a line that is no pair, where such are counted and left out.")
 @columns_option("Names of the two columns of the pairs.")
 @click.option(
     "--group",

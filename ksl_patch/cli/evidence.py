@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ksl_patch.cli.options import columns_option
+from ksl_patch.cli.options import columns_option, one_or_several
 
 if TYPE_CHECKING:
     from ksl_patch.evidence import Certificate, Evaluation
@@ -30,9 +30,17 @@ _OPTIONS = (
         help="Folder that the patch's build kept.  [default: P.run]",
     ),
     click.option("--base", metavar="M", help="Base model, where it is not at the place that the build had it from."),
-    click.option("--pairs", metavar="F", help="The pairs that the patch was built from, where they have moved."),
+    click.option(
+        "--pairs",
+        multiple=True,
+        callback=one_or_several,
+        metavar="F",
+        help="The pairs that the patch was built from, where they have moved.",
+    ),
     click.option(
         "--test",
+        multiple=True,
+        callback=one_or_several,
         metavar="G",
         help="Use these pairs, which no training saw, instead of those that the build held out.",
     ),
@@ -150,7 +158,8 @@ class Subject:
 
 @contextmanager
 def subject(
-    reference: str, *, run: Path | None, base: str | None, pairs: str | None, test: str | None,
+    reference: str, *, run: Path | None, base: str | None, pairs: str | tuple[str, ...] | None,
+    test: str | tuple[str, ...] | None,
     columns: tuple[str, str], group: str | None, part: str | None, limit: int | None,
     output: Path | None, no_save: bool, force: bool, device: str | None, needs_build: bool,
     alone: bool = False,
@@ -188,8 +197,8 @@ def subject(
         from ksl_patch.hf import load_base
         from ksl_patch.train.build import reopen
         from ksl_patch.train.compare import encode_test
-        from ksl_patch.train.data import Columns, read_pairs
         from ksl_patch.train.progress import RichReporter
+        from ksl_patch.train.reading import Columns, read_pairs
     except ImportError as error:
         raise click.ClickException(f"this needs the train extra: pip install 'ksl-patch[train]' ({error}).") from error
 
@@ -206,7 +215,8 @@ def subject(
         if test is not None:
             part, template = "given", patch.meta.template
             fields = tuple((template and template.fields) or ())
-            read = read_pairs(test, Columns(*columns, group, fields))
+            languages = None if build is None else (build.config.source_language, build.config.language)
+            read = read_pairs(test, Columns(*columns, group, fields), languages=languages)
             held_out = encode_test(patch, model, tokenizer, read, build, reporter)
         else:
             assert build is not None

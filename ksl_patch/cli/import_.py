@@ -32,6 +32,7 @@ def import_(
     """Make a patch from PEFT's TrainableTokens adapter in FOLDER, alone or inside a LoRA adapter."""
     from ksl_patch.errors import PatchError
     from ksl_patch.hf import load_base
+    from ksl_patch.hf.loading import load_tokenizer
     from ksl_patch.interop import peft
 
     if output.exists() and not force:
@@ -39,6 +40,8 @@ def import_(
     if not peft.has_trainable_tokens(adapter):
         raise PatchError(f"{adapter} has no trained tokens: a patch is made from PEFT's TrainableTokens.")
     model, tokenizer = load_base(base, revision=revision, device="cpu")
+    if any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        tokenizer = load_tokenizer(str(adapter))  # it may have tokens that the base's has not
     patch, more = peft.import_adapter(
         adapter, model, name=name or output.stem, tokenizer=tokenizer, language=language, licence=licence
     )

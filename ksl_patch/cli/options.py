@@ -8,6 +8,13 @@ from typing import Any
 import click
 
 
+def one_or_several(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> str | tuple[str, ...] | None:
+    """A repeated option's value: none, one, or all."""
+    return values if len(values) > 1 else values[0] if values else None
+
+
 def columns_option(help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`--columns S,T`, the names of the two columns of sentence pairs, as a tuple."""
 

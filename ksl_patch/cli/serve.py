@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ from rich.table import Table
 from ksl_patch.errors import RunError
 from ksl_patch.terminal import PlainConsole
 from ksl_patch.vllm.plugin import SUPPORTED
-from ksl_patch.vllm.settings import KEY, read_settings
+from ksl_patch.vllm.settings import KEY, check_flags, read_settings
 
 if TYPE_CHECKING:
     from ksl_patch.patch import Patch
@@ -109,19 +110,15 @@ def serve(
         raise click.UsageError(f"BASE comes before vLLM's own flags, such as {base}.")
     if base is None:
         raise click.UsageError("name a BASE, or a --config that does.")
-    if allow_runtime_patches and not ("--api-key" in flags or os.environ.get("VLLM_API_KEY")):
-        raise RunError("--allow-runtime-patches needs an API key: give --api-key KEY, or set VLLM_API_KEY.")
     looks_up = bool(folders or orgs)  # names that a request brings
-    changing, api_servers = looks_up or allow_runtime_patches, _api_servers(flags)
-    if changing and api_servers not in (None, "1"):
-        raise RunError("names that change while serving belong to one API server: leave --api-server-count out.")
+    changing, (api_keys, api_servers, given, flags) = looks_up or allow_runtime_patches, _read_flags(flags)
+    check_flags(runtime=allow_runtime_patches, changing=changing, api_keys=api_keys, api_servers=api_servers)
     served = _read(patches, key)
     most = max((count for *_, count in served), default=0)
     if max_rows is not None and most > max_rows:
         raise RunError(f"a patch has {most} rows, more than --max-rows {max_rows}.")
     if changing or not most:
         most = max(most, _ROWS)  # others may come
-    flags, given = _take_additional_config(flags)
     given[KEY] = {
         "max_rows": max_rows or most,
         "folders": [str(folder.resolve()) for folder in folders],
@@ -181,7 +178,7 @@ def _check_installed() -> None:
 def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Patch | None, int]]:
     """Of each patch its name, the path that vLLM reads it from, the patch if it is one, and its rows."""
     from ksl_patch.interop import peft
-    from ksl_patch.patch import check_name
+    from ksl_patch.patch import check_name, is_name
     from ksl_patch.store.local import Store, find
     from ksl_patch.store.sign import PublicKey, load_signed
 
@@ -191,7 +188,7 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
     entry: tuple[str, str, Patch | None, int]
     for given in patches:
         name, found, reference = given.partition("=")
-        if not found:
+        if not found or not is_name(name) or Path(given).exists():  # a path may have "=" in it too
             name, reference = "", given
         if public is not None and Path(reference).is_dir():
             raise RunError(f"{reference} is a folder, and only patch files can be signed.")
@@ -210,28 +207,30 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
     return served
 
 
-def _api_servers(flags: list[str]) -> str | None:
-    for index, flag in enumerate(flags):
-        name, found, value = flag.partition("=")
-        if name in ("--api-server-count", "-asc"):
-            return value if found else "".join(flags[index + 1 : index + 2])
-    return None
+def _read_flags(flags: list[str]) -> tuple[list[str], int | None, dict[str, Any], list[str]]:
+    """Of vLLM's flags the API keys, the number of API servers, and --additional-config, which is taken out of them.
 
-
-def _take_additional_config(flags: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The user's own --additional-config, taken out of the flags."""
-    for index, flag in enumerate(flags):
-        name, found, value = flag.partition("=")
-        if name == "--additional-config":
-            rest = flags[:index] + flags[index + (1 if found else 2) :]
-            try:
-                config = json.loads(value if found else flags[index + 1])
-            except (ValueError, IndexError) as error:
-                raise RunError("--additional-config needs a JSON object.") from error
-            if not isinstance(config, dict):
-                raise RunError("--additional-config needs a JSON object.")
-            return rest, config
-    return flags, {}
+    In the spellings that vLLM's own parser takes, which has the last word where it is at hand (`vllm.launch`).
+    """
+    plain = []
+    for flag in flags:
+        name, equals, value = flag.partition("=")
+        plain.append((name.replace("_", "-") if name.startswith("--") else name) + equals + value)
+    if any(flag.startswith("--additional-config.") for flag in plain):
+        raise RunError("give --additional-config as one JSON object, which this adds its own settings to.")
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--api-key", nargs="*")
+    parser.add_argument("--api-server-count", "-asc", type=int)
+    config = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    config.add_argument("--additional-config", type=json.loads, default={})
+    try:
+        found, _ = parser.parse_known_args(plain)
+        taken, rest = config.parse_known_args(plain)
+    except (argparse.ArgumentError, ValueError) as error:
+        raise RunError(f"{error}.") from error
+    if not isinstance(taken.additional_config, dict):
+        raise RunError("--additional-config needs a JSON object.")
+    return list(filter(None, found.api_key or [])), found.api_server_count, dict(taken.additional_config), rest
 
 
 def _plugins() -> str:

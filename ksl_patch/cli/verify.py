@@ -17,14 +17,17 @@ import click
 def verify(reference: str, base: str | None, revision: str | None, key: Path | None, as_json: bool) -> None:
     """Check a patch: that it is sound, with --base that it belongs to that model, with --key that it is signed.
 
+    With --base, rows outside the base's own norms are named too.
+
     P is a file, a name or digest of the local store, or hf://ORG/REPO[@REV]/FILE. Exits with 0, or with 1
     and the reason.
     """
+    from ksl_patch.base import find_embedding
     from ksl_patch.errors import BaseMismatchError, PatchError
     from ksl_patch.store import sign
     from ksl_patch.store.local import find
 
-    reason = digest = None
+    reason = digest = outside = None
     patch = Path(reference)
     try:
         patch, loaded = find(reference)
@@ -34,16 +37,26 @@ def verify(reference: str, base: str | None, revision: str | None, key: Path | N
         if base is not None:
             from ksl_patch.hf import load_base
 
-            loaded.check(*load_base(base, revision=revision, device="cpu"))
+            model, tokenizer = load_base(base, revision=revision, device="cpu")
+            loaded.check(model, tokenizer)
+            outside = loaded.outside(find_embedding(model))
     except (PatchError, BaseMismatchError) as error:
         reason = str(error)
     if as_json:
         print(
-            json.dumps({"path": str(patch), "valid": reason is None, "reason": reason, "digest": digest, "base": base})
-        )
+            json.dumps({
+                "path": str(patch), "valid": reason is None, "reason": reason, "digest": digest, "base": base,
+                "outside": outside,
+            })
+        )  # fmt: skip
     elif reason is None:
         more = f"{f', signed with {key}' if key else ''}{f', and its base is {base}' if base else ''}"
         click.echo(f"{patch}: valid{more} ({digest})")
+        for row in outside or ():
+            click.echo(
+                f"Note: the row of token {row['token_id']} has the norm {row['norm']:.3g}, and the base's own rows "
+                f"have {row['smallest']:.3g} to {row['largest']:.3g}: a stronger control than any text is."
+            )
     else:
         click.echo(f"Error: {reason}", err=True)
     if reason is not None:

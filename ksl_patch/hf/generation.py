@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ksl_patch.base import find_embedding
 from ksl_patch.errors import RunError
 from ksl_patch.hf.handle import PatchHandle, attach
 from ksl_patch.overlay import slot_rows
@@ -88,7 +89,13 @@ def complete(
     """Greedy completions of prompts on a model with patches attached, the bank's slot for each."""
     common = end_token_ids(model, tokenizer)
     own = [{*common, *([] if end is None else [end])} for end in ends or [None] * len(prompts)]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else common[0]
+    V = find_embedding(model).vocab_size
+    if (largest := max((token for prompt in prompts for token in prompt), default=0)) >= V:
+        raise RunError(
+            f"the tokenizer gives token {largest}, and the base's table has {V} rows: the tokenizer is not this base's."
+        )
+    pads = (tokenizer.pad_token_id, *common)  # masked: any that the table has will do
+    pad = next((token for token in pads if token is not None and 0 <= token < V), 0)
     size = batch_size or len(prompts) or 1
     # Prompts of like length together: less padding. The results go back in the order of the prompts.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

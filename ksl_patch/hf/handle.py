@@ -77,7 +77,7 @@ def attach(
 ) -> PatchHandle:
     """Make a transformers model serve patches by name, another one for every row of a batch.
 
-    tokenizer: given, patches made with another vocabulary are refused too.
+    tokenizer: given, patches whose ids are other tokens of it are refused too.
     capacity, output_width, budget, evict: of the bank (`PatchBank`).
     max_batch: for torch.compile and CUDA graphs. The choice is then kept in one device buffer of that many rows,
         so that nothing is compiled or captured again, and one `using` block is open at a time. Without it every
@@ -111,6 +111,7 @@ class PatchHandle:
         self._model = base.get_base_model() if hasattr(base, "get_base_model") else base
         if "ksl_patch" in vars(self._model):
             raise RunError("patches are attached to this model already: use that handle, or detach it first.")
+        self._tokenizer = tokenizer
         self._vocabulary = None if tokenizer is None else tokenizer_digest(tokenizer)
         self._weights = functools.cache(functools.partial(weights_digest, model))  # read with the first patch
         self._table = table = find_embedding(self._model)
@@ -520,7 +521,9 @@ class PatchHandle:
         if self._merged is not None:
             raise RunError(f"{self._merged.name} is merged into the model's table: unmerge it before loading others.")
         self._check_model()
-        patch.check_table(self._table, self._vocabulary)
+        patch.check_table(self._table)
+        if self._tokenizer is not None:
+            patch.check_vocabulary(self._tokenizer, self._vocabulary, stacklevel=4)
         patch.check_body(self._model, self._weights, stacklevel=4)
         if patch.meta.side == "input+output":
             self._table.check_head(patch.meta.base, patch.token_ids, patch.base_rows)

@@ -24,16 +24,49 @@ def load_base(
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            base, revision=revision, dtype=dtype, trust_remote_code=False
+        config = transformers.AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+        if other := _no_causal_model(config):
+            raise RunError(f"{base} is {other}: give a causal language model.")
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            base, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         if os.path.sep in base and not os.path.isdir(base) and not _looks_like_hub_id(base):  # noqa: PTH112
             raise RunError(f"cannot load the base: there is no folder {base}.") from error
         reason = str(error).strip().splitlines()
         raise RunError(f"cannot load the base {base}: {reason[0] if reason else type(error).__name__}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise RunError(
+            f"{base} has no weights for {missing[0]}{f' and {len(missing) - 1} others' if len(missing) > 1 else ''}, "
+            "which would be random ones: give a whole causal language model."
+        )
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), tokenizer
+
+
+def load_tokenizer(folder: str) -> Any:
+    """A folder's own tokenizer. Raises RunError with one sentence."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()
+        raise RunError(
+            f"cannot load the tokenizer in {folder}: {reason[0] if reason else type(error).__name__}"
+        ) from error
+
+
+def _no_causal_model(config: Any) -> str | None:
+    """What a checkpoint is of by its configuration, where that is no causal language model."""
+    from transformers.models.auto import modeling_auto as auto
+
+    if getattr(config, "is_encoder_decoder", False):
+        return f"an encoder-decoder ({config.model_type})"
+    mappings = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    known = {name for mapping in mappings for name in mapping.values()}
+    others = [name for name in config.architectures or () if name not in known and not name.endswith("Model")]
+    return f"a {others[0]}" if others and len(others) == len(config.architectures) else None
 
 
 def _looks_like_hub_id(base: str) -> bool:

@@ -21,17 +21,13 @@ def make_card(patch: Patch, repo: str, file: str, old: str | None, *, base_model
 
     base_model: the base's id on the Hub; by default the one in the metadata, where it looks like one.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCardData
 
     meta = patch.meta
     base = base_model or meta.base.model_id
     if base is None or not _HUB_ID.fullmatch(base):
         raise HubError(f"the patch's base is {base or 'unnamed'}, not an id on the Hub: name it with --base-model ID.")
-    try:
-        card = ModelCard(old, ignore_metadata_errors=True) if old else ModelCard("---\n{}\n---\n")
-    except (ValueError, TypeError) as error:
-        raise HubError(f"the card of {repo} cannot be read ({error}): mend its metadata first.") from error
-    data = card.data.to_dict()
+    data, text = _parts(old or "", repo)
     data |= {
         "base_model": _plain(_with(data.get("base_model"), base)),
         "base_model_relation": "adapter",
@@ -42,7 +38,7 @@ def make_card(patch: Patch, repo: str, file: str, old: str | None, *, base_model
     }
     begin, end = f"<!-- ksl_patch {file} -->", f"<!-- /ksl_patch {file} -->"
     section = f"{begin}\n{_section(patch, repo, file, base)}\n{end}"
-    text = card.text.strip() or f"# Embedding patches for {base}\n\n{_WHAT}"
+    text = text.strip() or f"# Embedding patches for {base}\n\n{_WHAT}"
     before, found, rest = text.partition(begin)
     if found:
         _, closed, after = rest.partition(end)
@@ -53,6 +49,31 @@ def make_card(patch: Patch, repo: str, file: str, old: str | None, *, base_model
     return f"---\n{header}\n---\n\n{text.strip()}\n"
 
 
+def _parts(card: str, repo: str) -> tuple[dict[str, Any], str]:
+    """A card's metadata and its text. Only true and false are truth values in it: `no` is a language."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        pass
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in resolvers if tag not in (_BOOL, _DATE)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+    found = re.match(r"\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n?---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
+    if not found:
+        return {}, card
+    try:
+        data = yaml.load(found[1], Loader) or {}  # a safe one
+    except (yaml.YAMLError, ValueError) as error:
+        raise HubError(f"the card of {repo} cannot be read ({error}): mend its metadata first.") from error
+    if not isinstance(data, dict):
+        raise HubError(f"the card of {repo} cannot be read (its metadata is no mapping): mend it first.")
+    return data, card[found.end() :]
+
+
+_BOOL, _DATE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
 _WHAT = """An *embedding patch* replaces a handful of rows of a language model's embedding table. It is data, no code,
 and one model in memory serves any number of patches, another one for each request (`pip install ksl-patch`)."""
 
@@ -137,7 +158,8 @@ def _lines(evaluation: Evaluation, show: Callable[[str, Figure | None], str]) ->
 def markdown_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     """A table in Markdown."""
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    cells = [[" ".join(str(cell).replace("|", "\\|").split("\n")) for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def _fence(text: str) -> str:

@@ -170,7 +170,7 @@ class Store:
         if self.root not in _held:
             self._make(self.root)
             handle = _open(self.root / "in-use")
-            fcntl.flock(handle, fcntl.LOCK_SH)
+            self._lock(handle, fcntl.LOCK_SH)
             _held[self.root] = handle
 
     @contextmanager
@@ -178,7 +178,7 @@ class Store:
         handle = _open(self.root / "in-use")
         try:
             if not dry_run:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         except BlockingIOError as error:
             raise PatchError(f"a server reads patches from {self.root}: stop it first.") from error
@@ -191,10 +191,21 @@ class Store:
             self._make(folder)
         handle = _open(self.root / "lock")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            self._lock(handle, fcntl.LOCK_EX)
             yield
         finally:
             os.close(handle)
+
+    def _lock(self, handle: int, how: int) -> None:
+        try:
+            fcntl.flock(handle, how)
+        except BlockingIOError:
+            raise
+        except OSError as error:  # some network storage has none
+            raise PatchError(
+                f"files in {self.root} cannot be locked ({error.strerror or error}): set KSL_PATCH_HOME to a folder on "
+                "storage with locks."
+            ) from error
 
     def _copy_signed(self, source: Path, digest: str) -> None:
         path = self.path(digest)

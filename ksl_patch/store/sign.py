@@ -157,7 +157,7 @@ def _read(file: Path) -> bytes:
 def _lines(path: Path) -> list[str]:
     try:
         with path.open("rb") as file:
-            return file.read(_MAX).decode().splitlines()
+            return file.read(_MAX).decode("utf-8-sig").rstrip().splitlines()
     except (OSError, ValueError) as error:
         raise PatchError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}.") from error
 

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ksl_patch.base import dtype_name, find_embedding, has_other_weights, tokenizer_digest
+from ksl_patch.base import dtype_name, find_embedding, has_other_weights
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.evidence import Evaluation, write
 from ksl_patch.hf import attach, end_token_id, load_base
@@ -49,15 +49,15 @@ from ksl_patch.ticket import (
     random_ticket,
 )
 from ksl_patch.train.data import (
-    Columns,
     Encoded,
     Example,
     Pair,
     data_digest,
     encode,
+    language_name,
     make_template,
-    read_pairs,
     reading_order,
+    same_language,
     sketch,
     source_tokens,
     split_pairs,
@@ -67,6 +67,7 @@ from ksl_patch.train.data import (
 from ksl_patch.train.evaluate import Cache, token_loss
 from ksl_patch.train.loaded import Loaded, launched
 from ksl_patch.train.progress import Reporter, SilentReporter
+from ksl_patch.train.reading import Columns, Reading, read_pairs
 from ksl_patch.train.record import Machine, Record, keep, note_use, read_record, read_tests, write_record
 from ksl_patch.train.tune import TuneSettings, autocasts, optimiser, tune_rows
 
@@ -77,19 +78,21 @@ Mode = Literal["partial", "transfer"]
 class BuildConfig:
     """Everything a build depends on. Learning rates are in units of the standard deviation of the table's values.
 
+    pairs: what `read_pairs` takes. strict: a line that is no pair is an error, and not left out.
     rows: tokens named by hand, ids or texts, in place of a selection. group: the pairs' column with their document.
     data_seed: of the split into training, dev and held-out pairs. damp_rare: of the embedding tuning, see
     `TuneSettings`.
     """
 
     base: str
-    pairs: str
+    pairs: str | tuple[str, ...]
     language: str
     name: str
     revision: str | None = None
     source_language: str = "en"
     columns: tuple[str, str] = ("source", "target")
     group: str | None = None
+    strict: bool = False
     template: str = "plain"
     system: str | None = None
     alpha: float | None = 0.05
@@ -153,8 +156,24 @@ class Build:
         fields = template_fields(config.template, config.system)
         if config.columns[1] in fields:
             raise RunError(f"the template must not hold the answer: remove {{{config.columns[1]}}}.")
+        languages = config.source_language, config.language
+        if same_language(*languages):
+            raise RunError(f"source and target are both {language_name(config.language)}: name another language.")
+        reading = Reading()
+        read = read_pairs(
+            config.pairs,
+            Columns(*config.columns, config.group, tuple(fields)),
+            languages=languages,
+            limit=None if config.max_pairs is None else 2 * (config.max_pairs + config.dev + config.held_out),
+            reading=None if config.strict else reading,
+        )
+        self._chats = reading.messages
+        if self._chats and config.template != "chat":
+            raise RunError("the pairs are chats (messages), in the chat template's prompts: add --template chat.")
+        if reopened is None:
+            self._report_pairs(read, reading)
         self.pairs = split_pairs(
-            read_pairs(config.pairs, Columns(*config.columns, config.group, tuple(fields))),
+            read,
             held_out=config.held_out,
             dev=config.dev,
             seed=config.data_seed,
@@ -172,6 +191,13 @@ class Build:
         self.processes: int = state.num_processes
         if loaded is None:
             loaded = Loaded.of(*load_base(config.base, revision=config.revision, device=device))
+        if getattr(loaded.model, "is_quantized", False):
+            method = getattr(loaded.model.config, "quantization_config", {})
+            kind = getattr(method, "quant_method", None) or "some method"
+            raise RunError(
+                f"the base is quantised ({getattr(kind, 'value', kind)}), and rows are trained on the whole one: build "
+                "with that, and the patch is served on both."
+            )
         self.loaded = loaded
         self.model, self.tokenizer, self.base, self.scale = (
             loaded.model,
@@ -190,6 +216,18 @@ class Build:
         self.created = self._once("created.json", {"created": timestamp()})["created"]
         if reopened is None:
             self._report_learning_rates()
+
+    def _report_pairs(self, read: Sequence[Pair], reading: Reading) -> None:
+        """Which language is which, the first pairs as they will be trained, and what was left out."""
+        config, shown = self.config, read[:5]
+        source, target = (f"{language_name(tag)} ({tag})" for tag in (config.source_language, config.language))
+        lines = [f"{source} -> {target}, {len(read):,} pairs. The first:"]
+        lines += [f"  {_short(pair.source)} -> {_short(pair.target)}" for pair in shown]
+        examples = [[pair.source, pair.target] for pair in shown]
+        self.reporter.note("pairs", "\n".join(lines), pairs=len(read), examples=examples)
+        if reading.wrong:
+            lines = [f"{reading.wrong:,} lines are no pairs and were left out (--strict refuses them):", *reading.first]
+            self.reporter.note("wrong_lines", "\n  ".join(lines), lines=reading.wrong, first=reading.first)
 
     @property
     def outputs(self) -> Cache:
@@ -235,9 +273,9 @@ class Build:
         patch = self.patch_of(self.ticket())
         patch = patch.with_meta(evaluation=self.losses(patch))
         config = asdict(self.config)
-        for name in ("base", "pairs"):
-            if Path(config[name]).exists():  # else an id on the Hub
-                config[name] = str(Path(config[name]).resolve())
+        config["base"] = _resolved(config["base"])
+        pairs = config["pairs"]
+        config["pairs"] = _resolved(pairs) if isinstance(pairs, str) else tuple(map(_resolved, pairs))
         tested = (self._embedding_folder / "ks.npz").is_file()
         tests = self._embedding_folder.name if tested else None
         write_record(self.run, patch.digest, Record(config, tests, self._examples_digest, self.machine))
@@ -279,6 +317,8 @@ class Build:
         file = self._embedding_folder / "ks.npz"
         if file.is_file():
             saved = read_tests(file)
+            message = f"embedding tuning and its test: already done in {file.parent}"
+            self.reporter.note("reused", message, stage="embedding tuning", folder=str(file.parent))
             return KSResult(saved["statistic"], saved["pvalue"], int(saved["hidden_size"]))
         token_ids, rows = self.embedding()
         before = self._base_rows(token_ids)
@@ -575,6 +615,7 @@ class Build:
             language=config.language,
             tokenizer=self.tokenizer,
             system=config.system,
+            instruction=not self._chats,
         )
         if not made.chat:
             return made
@@ -651,6 +692,16 @@ def _selected_as(patch: Patch, config: BuildConfig) -> BuildConfig:
     return replace(config, rows=(), selection=ticket.selection, alpha=ticket.alpha, top_k=ticket.top_k)  # type: ignore[arg-type]
 
 
+def _resolved(path: str) -> str:
+    """A path from anywhere; what does not exist is an id on the Hub."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
 def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes: Any) -> Build:
     """The build that a patch came from, by the record in its run folder.
 
@@ -660,6 +711,8 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
     record = read_record(run, patch.digest)
     try:
         config = BuildConfig(**record.config | changes)
+        if not isinstance(config.pairs, str):
+            config = replace(config, pairs=tuple(config.pairs))
     except TypeError as error:
         raise RunError(f"the record of the build in {run} is of another version of ksl-patch ({error}).") from error
     if record.machine is None:
@@ -680,7 +733,8 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
             f"the pairs in {config.pairs} do not give the training data of this patch; "
             "name the file that it was built from with --pairs."
         )
-    patch.check_table(find_embedding(build.model), tokenizer_digest(build.tokenizer))
+    patch.check_table(find_embedding(build.model))
+    patch.check_vocabulary(build.tokenizer)
     if has_other_weights(patch.meta.base, build.model):
         raise RunError(
             f"{config.base} has the rows of the base that this patch was trained on, and other weights beside them: "

@@ -1,18 +1,15 @@
-"""Sentence pairs: reading, splitting, templates and their token ids."""
+"""Sentence pairs: splitting, templates and their token ids."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,30 +18,11 @@ import torch
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.hf import prompt_ids
 from ksl_patch.patch import TemplateMeta, check_fields
+from ksl_patch.train.pairs import Pair as Pair
+from ksl_patch.train.reading import Columns as Columns
+from ksl_patch.train.reading import read_pairs as read_pairs
 
 IGNORED = -100  # transformers' label of a position without loss
-
-
-class Pair(NamedTuple):
-    """A sentence and its translation.
-
-    group: what it is part of, such as a document; empty for nothing. fields: names and values of what else its
-    prompt needs.
-    """
-
-    source: str
-    target: str
-    group: str = ""
-    fields: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def key(self) -> str:
-        """The source by which pairs are the same: without regard to case, white space and compatible characters."""
-        return " ".join(unicodedata.normalize("NFKC", self.source).casefold().split())
-
-    def prompt(self, template: TemplateMeta) -> str:
-        """The pair's prompt in a template."""
-        return template.render(self.source, **dict(self.fields))
 
 
 class Example(NamedTuple):
@@ -104,45 +82,6 @@ class Pairs:
     held_out: list[Pair]
     duplicates: int
     unused: int
-
-
-class Columns(NamedTuple):
-    """Names of the columns of pairs: the two sentences, the document, and what else a prompt needs."""
-
-    source: str = "source"
-    target: str = "target"
-    group: str | None = None
-    fields: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> list[str]:
-        """All of them."""
-        return [self.source, self.target, *([] if self.group is None else [self.group]), *self.fields]
-
-
-def read_pairs(where: str, columns: Columns = Columns()) -> list[Pair]:  # noqa: B008 - immutable
-    """Read pairs from a .jsonl or .tsv file, or from a Hugging Face dataset.
-
-    JSONL: one object a line with the columns. TSV: source, tab, target; or any columns under a first line with their
-    names. Dataset: `id[:config[:split]]` with the columns, or with a `translation` column as the OPUS sets have.
-    Raises DataError that names the line.
-    """
-    path = Path(where)
-    if path.is_file():
-        readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".tsv": _read_tsv, ".txt": _read_tsv}
-        if path.suffix not in readers:
-            raise DataError(f"{where}: the file's name must end in .jsonl or .tsv, so that its format is known.")
-        try:
-            pairs = list(readers[path.suffix](path, columns))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{where}: cannot be read as UTF-8 text ({error}).") from error
-    elif path.suffix in (".jsonl", ".json", ".tsv", ".txt"):
-        raise DataError(f"{where}: no such file.")
-    else:
-        pairs = list(_read_dataset(where, columns))
-    if not pairs:
-        raise DataError(f"{where}: there are no sentence pairs in it.")
-    return pairs
 
 
 def distinct(pairs: Iterable[Pair]) -> list[Pair]:
@@ -257,18 +196,40 @@ def language_name(tag: str) -> str:
     """The English name of a BCP 47 language tag: "sw" -> "Swahili". Raises DataError."""
     import langcodes
 
-    if not langcodes.tag_is_valid(tag):
+    if not langcodes.tag_is_valid(_standard(tag)):
         raise DataError(f"{tag!r} is not a known language; give a BCP 47 tag such as 'sw', 'pt-BR' or 'zh-Hant'.")
-    return str(langcodes.get(tag).display_name("en"))
+    return str(langcodes.get(_standard(tag)).display_name("en"))
+
+
+def same_language(one: str, other: str) -> bool:
+    """Whether two BCP 47 tags are of one language in one script and region."""
+    return _standard(one) == _standard(other)
+
+
+def _standard(tag: str) -> str:
+    """A tag in its shortest form, an extended language by its own: "zh-yue" is "yue"."""
+    import langcodes
+
+    try:
+        return str(langcodes.standardize_tag(tag))
+    except ValueError:
+        return tag
 
 
 def make_template(
-    kind: str, *, source_language: str, language: str, tokenizer: Any, system: str | None = None
+    kind: str,
+    *,
+    source_language: str,
+    language: str,
+    tokenizer: Any,
+    system: str | None = None,
+    instruction: bool = True,
 ) -> TemplateMeta:
     r"""The prompt template: "plain", "chat" (the model's own chat template), or a text with `{source}`.
 
     In a text of one's own, `\n` stands for a line break, and any other `{name}` for a column of the pairs.
-    system: a chat's system prompt, which may name columns too.
+    system: a chat's system prompt, which may name columns too. instruction: whether a chat's user asks for a
+    translation of the sentence; else the sentence is all that the user says.
     """
     source, target = language_name(source_language), language_name(language)
     if system is not None and "{source}" in system:
@@ -286,7 +247,8 @@ def make_template(
     if not getattr(tokenizer, "chat_template", None):
         raise RunError("this base has no chat template; use the plain template or a text of your own.")
     messages = [] if system is None else [{"role": "system", "content": system.replace("\\n", "\n")}]
-    messages.append({"role": "user", "content": f"Translate this sentence from {source} to {target}.\n{{source}}"})
+    asked = f"Translate this sentence from {source} to {target}.\n" if instruction else ""
+    messages.append({"role": "user", "content": f"{asked}{{source}}"})
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         before, end = turn_around(tokenizer, messages, text)
@@ -421,80 +383,3 @@ def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
         "attention_mask": torch.tensor([padded([1] * (len(e.prompt) + len(e.answer)), 0) for e in examples]),
         "labels": torch.tensor([padded([IGNORED] * len(e.prompt) + e.answer, IGNORED) for e in examples]),
     }
-
-
-def _pair(record: Any, columns: Columns, where: str) -> Pair:
-    if not isinstance(record, dict) or not set(columns.names) <= record.keys():
-        found = sorted(record) if isinstance(record, dict) else type(record).__name__
-        expected = ", ".join(map(repr, columns.names))
-        raise DataError(f"{where}: expected the columns {expected}, found {found}.")
-    source, target = record[columns.source], record[columns.target]
-    if not all(isinstance(text, str) and text.strip() for text in (source, target)):
-        raise DataError(f"{where}: source and target must both be text that is not empty.")
-    if any(0xD800 <= ord(c) < 0xE000 for text in record.values() if isinstance(text, str) for c in text):
-        raise DataError(f"{where}: half of a surrogate pair is no character: write the text as UTF-8.")
-    group: Any = record[columns.group] if columns.group else None
-    if isinstance(group, int | float) and not isinstance(group, bool):
-        group = None if group != group else str(int(group)) if float(group).is_integer() else group
-    group = "" if group is None else group
-    fields = tuple((name, record[name]) for name in columns.fields)
-    if not all(isinstance(text, str) for text in (group, *(text for _, text in fields))):
-        names = ", ".join(map(repr, columns.names[2:]))
-        raise DataError(f"{where}: what is in the columns {names} must be text (a document may be an integer too).")
-    return Pair(source.strip(), target.strip(), group.strip(), fields)
-
-
-def _read_jsonl(path: Path, columns: Columns) -> Iterable[Pair]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not valid JSON ({error}).") from error
-            yield _pair(record, columns, where)
-
-
-def _read_tsv(path: Path, columns: Columns) -> Iterable[Pair]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        names = [columns.source, columns.target]
-        try:
-            begun = False
-            for number, fields in enumerate(reader, start=1):
-                where = f"{path}, line {number}"
-                first, begun = not begun and bool(fields), begun or bool(fields)
-                if first and (set(names) <= set(fields) or columns.names != names):
-                    if not set(columns.names) <= set(fields):
-                        expected = ", ".join(map(repr, columns.names))
-                        raise DataError(f"{where}: expected a line with the columns' names {expected}, found {fields}.")
-                    names = fields
-                elif fields:
-                    if len(fields) != len(names):
-                        what = "source, tab, target" if len(names) == 2 else f"{len(names)} fields"
-                        raise DataError(f"{where}: expected {what}; found {len(fields)} fields.")
-                    yield _pair(dict(zip(names, fields, strict=True)), columns, where)
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error}.") from error
-
-
-def _read_dataset(where: str, columns: Columns) -> Iterable[Pair]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{where}: no such file; to read it as a Hugging Face dataset, pip install 'ksl-patch[datasets]'."
-        ) from error
-
-    name, config, split = islice([*where.split(":"), None, None], 3)
-    try:
-        data = datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # the library raises many kinds, its own and others'
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{where}: neither a file nor a dataset that can be loaded ({reason}).") from error
-    for number, record in enumerate(data, start=1):
-        # OPUS sets hold {"translation": {"en": ..., "es": ...}}.
-        inner = record.get("translation")
-        yield _pair(record | inner if isinstance(inner, dict) else record, columns, f"{where}, row {number}")

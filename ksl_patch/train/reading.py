@@ -20,7 +20,9 @@ _PACKED = (".gz", ".bz2", ".xz", ".zst")
 _FORMATS = (".jsonl", ".json", ".tsv", ".txt", ".csv", ".parquet")
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 # What files call their columns, beside languages: as a first line, hardly a pair.
-_NAMES = frozenset("source target src tgt trg text translation sentence reference ref original input output mt".split())
+_NAMES = frozenset(
+    ["source", "target", "src", "tgt", "trg", "text", "translation", "sentence", "reference", "original"]
+)
 csv.field_size_limit(1 << 27)
 
 
@@ -64,7 +66,7 @@ class Reading:
 
 def read_pairs(
     where: str | Sequence[str],
-    columns: Columns | Sequence[str] = Columns(),  # noqa: B008 - immutable
+    columns: Columns | tuple[str, str] = Columns(),  # noqa: B008 - immutable
     *,
     languages: tuple[str, str] | None = None,
     limit: int | None = None,
@@ -96,7 +98,7 @@ def read_pairs(
     try:
         for place, record in records:
             try:
-                if isinstance(record, str):
+                if isinstance(record, _Wrong):
                     raise DataError(f"{place}: {record}")
                 pairs.append(named.pair(record, place))
             except DataError as error:
@@ -113,8 +115,12 @@ def read_pairs(
     return pairs
 
 
-# A place in words, and its values by column, or why it has none.
-_Record = tuple[str, "dict[str, Any] | str"]
+class _Wrong(str):
+    """Why a place holds no record."""
+
+
+# A place in words, and what is there: values by column, if it is a pair.
+_Record = tuple[str, Any]
 
 
 class _Named:
@@ -233,7 +239,10 @@ def _open(path: Path) -> io.TextIOWrapper:
     try:
         raw = fsspec.open(f"file://{path.resolve()}", "rb", compression="infer").open()
     except (ValueError, ImportError) as error:
-        raise DataError(f"{path}: {path.suffix} needs another package: pip install zstandard ({error}).") from error
+        raise DataError(f"{path}: {path.suffix} needs another package: pip install 'ksl-patch[datasets]' ({error}).") from error
+    if path.suffix.lower() in _PACKED:  # which cannot all be read twice
+        with raw:
+            raw = io.BytesIO(raw.read())
     head = raw.read(4)
     raw.seek(0)
     encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
@@ -277,15 +286,15 @@ def _read_json(path: Path) -> Iterator[_Record]:
             try:
                 yield f"{path}, line {number}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield f"{path}, line {number}", f"not valid JSON ({error})."
+                yield f"{path}, line {number}", _Wrong(f"not valid JSON ({error}).")
 
 
 def _read_table(path: Path, columns: Columns, languages: tuple[str, str] | None, delimiter: str) -> Iterator[_Record]:
     """Rows under a line of names, or source and target."""
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     names: list[str] | None = None
     with _open(path) as lines:
-        reader, begin = csv.reader(lines, delimiter=delimiter, quoting=quoting), 1
+        reader = csv.reader(lines) if delimiter == "," else csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        begin = 1
         for fields in reader:
             end = reader.line_num
             place = f"{path}, line {begin}" if begin == end else f"{path}, lines {begin} to {end}"
@@ -310,7 +319,7 @@ def _read_table(path: Path, columns: Columns, languages: tuple[str, str] | None,
             else:
                 between = "comma" if delimiter == "," else "tab"
                 what = f"source, {between}, target" if names == ["source", "target"] else f"{len(names)} fields"
-                yield place, f"expected {what}; found {len(fields)} fields."
+                yield place, _Wrong(f"expected {what}; found {len(fields)} fields.")
 
 
 def _names_a_column(text: str) -> bool:

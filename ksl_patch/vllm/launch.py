@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 from importlib import metadata
+from typing import Any
+
+from ksl_patch.errors import KslPatchError, RunError
+from ksl_patch.vllm.settings import KEY, check_flags, read_settings
 
 
 def main() -> None:
@@ -19,9 +23,19 @@ def main() -> None:
 
     from pydantic import ValidationError
     from vllm.entrypoints.cli.main import main as run
+    from vllm.entrypoints.cli.serve import ServeSubcommand
 
+    validate = ServeSubcommand.validate
+
+    def checked(self: Any, args: Any) -> None:
+        validate(self, args)
+        _check(args)
+
+    ServeSubcommand.validate = checked
     try:
         run()
+    except KslPatchError as error:
+        sys.exit(f"Error: {error}")
     except ValidationError as error:  # of vLLM's configuration, our own refusals among them
         reasons = [_in_words(each["msg"], each["loc"]) for each in error.errors()]
         sys.exit(f"Error: {' '.join(reasons)}")
@@ -30,6 +44,18 @@ def main() -> None:
             raise
         logging.getLogger("vllm").debug("where it came from", exc_info=True)
         sys.exit(f"Error: {error}")
+
+
+def _check(args: Any) -> None:
+    """Raise RunError where vLLM's flags, as its own parser reads them, undo what `ksl-patch serve` gave."""
+    if args.model_tag != sys.argv[2]:
+        raise RunError(f"--model names another base ({args.model_tag}) than {sys.argv[2]}: leave it out.")
+    if KEY not in (args.additional_config or {}):
+        raise RunError("give --additional-config as one JSON object, which `ksl-patch serve` adds its settings to.")
+    settings = read_settings(args.additional_config)
+    changing = settings.runtime or bool(settings.folders or settings.orgs)
+    keys, servers = args.api_key or (), args.api_server_count
+    check_flags(runtime=settings.runtime, changing=changing, api_keys=keys, api_servers=servers)
 
 
 def _in_words(message: str, where: tuple[int | str, ...]) -> str:

@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import time
+import warnings
 import weakref
 from argparse import Namespace
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolverRegistry
 
 from ksl_patch.base import tokenizer_digest
-from ksl_patch.errors import KslPatchError, PatchError, RunError
+from ksl_patch.errors import KslPatchError, OtherVocabularyWarning, PatchError, RunError
 from ksl_patch.patch import Patch, PatchMeta, TemplateMeta, check_name
 from ksl_patch.store.hub import HubReference
 from ksl_patch.store.local import Store
@@ -271,12 +272,10 @@ class Patches:
         try:
             patch = await asyncio.to_thread(_open, file, self.settings)
             tokenizer = self._engine.tokenizer
-            own = None if tokenizer is None else await asyncio.to_thread(_vocabulary, tokenizer)
+            if tokenizer is not None:
+                await asyncio.to_thread(_check_vocabulary, patch, tokenizer)
         except KslPatchError as error:
             raise _RefusalError(400, str(error)) from error
-        made_with = patch.meta.base.tokenizer_digest
-        if own and made_with and own != made_with:
-            raise _RefusalError(400, f"{patch.meta.name} was made with another vocabulary than this model's.")
         return patch
 
     async def _add(self, name: str, patch: Patch) -> LoRARequest:
@@ -449,6 +448,14 @@ def _read(path: str) -> _Content:
 @functools.cache
 def _vocabulary(tokenizer: Any) -> str:
     return tokenizer_digest(tokenizer)
+
+
+def _check_vocabulary(patch: Patch, tokenizer: Any) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", OtherVocabularyWarning)
+        patch.check_vocabulary(tokenizer, _vocabulary(tokenizer))
+    for each in said:
+        logger.warning("%s", each.message)
 
 
 def _reason(error: Exception) -> str:

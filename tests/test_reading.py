@@ -1,0 +1,248 @@
+"""Sentence pairs as the world writes them: every form gives the same pairs, and none the wrong direction."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+
+import pytest
+import zstandard
+from conftest import PAIRS, run_cli
+from pyarrow import Table, parquet
+
+from ksl_patch import Patch
+from ksl_patch.errors import DataError
+from ksl_patch.train.pairs import Pair
+from ksl_patch.train.reading import Columns, Reading, read_pairs
+
+READ = [Pair('She said "hi", twice.', "Dijo «hola»."), Pair("Two\u2028lines", "Dos\nlíneas"), Pair("Yes", "Sí")]
+FLAT = [Pair(pair.source, pair.target.replace("\n", " ")) for pair in READ]
+EN_ES = ("en", "es")
+
+
+def jsonl(pairs, names=("source", "target")):
+    return "".join(json.dumps(dict(zip(names, pair, strict=False)), ensure_ascii=False) + "\n" for pair in pairs)
+
+
+def tsv(pairs, names=("source", "target")):
+    return "".join("\t".join(row) + "\n" for row in [names, *(pair[:2] for pair in pairs)])
+
+
+def comma(pairs, names=("source", "target")):
+    text = io.StringIO()
+    csv.writer(text).writerows([names, *(pair[:2] for pair in pairs)])
+    return text.getvalue()
+
+
+def test_every_form_of_a_file_gives_the_same_pairs(tmp_path):
+    def path(name, content):
+        file = tmp_path / name
+        file.write_bytes(content)
+        return str(file)
+
+    lines = jsonl(READ).encode()
+    array = json.dumps([{"source": s, "target": t} for s, t, *_ in READ]).encode()
+    parquet.write_table(Table.from_pylist(json.loads(array)), tmp_path / "p.parquet")
+    for file in (
+        path("a.jsonl", lines),
+        path("b.jsonl", b"\xef\xbb\xbf" + lines),
+        path("c.jsonl", lines.replace(b"\n", b"\r\n")),
+        path("d.jsonl", jsonl(READ).encode("utf-16")),
+        path("e.json", array),
+        path("f.json", b"\n " + array),
+        path("g.csv", comma(READ).encode()),
+        path("h.CSV", b"\xef\xbb\xbf" + comma(READ).encode()),
+        path("i.jsonl.gz", gzip.compress(lines)),
+        path("j.jsonl.bz2", bz2.compress(lines)),
+        path("k.csv.xz", lzma.compress(comma(READ).encode())),
+        path("l.jsonl.zst", zstandard.compress(lines)),
+        str(tmp_path / "p.parquet"),
+    ):
+        assert read_pairs(file) == READ, file
+    for file in (
+        path("m.tsv", tsv(FLAT).encode()),
+        path("n.txt", b"\xff\xfe" + tsv(FLAT).encode("utf-16-le")),
+        path("o.tsv.gz", gzip.compress(tsv(FLAT).encode())),
+        path("q.tsv", tsv(FLAT).partition("\n")[2].encode()),  # without names
+    ):
+        assert read_pairs(file) == FLAT, file
+    assert read_pairs([path("r.tsv", tsv(FLAT).encode()), path("s.jsonl", lines)]) == FLAT + READ
+
+
+@pytest.mark.parametrize("write", [jsonl, tsv, comma])
+@pytest.mark.parametrize(
+    ("names", "columns", "languages"),
+    [
+        (("Source", "TARGET"), Columns(), None),
+        (("en", "es"), Columns("en", "es"), None),
+        (("EN", "Es"), Columns("en", "es"), None),
+        (("en", "es"), Columns(), EN_ES),
+        (("eng_Latn", "spa_Latn"), Columns(), EN_ES),
+        (("en-US", "es-MX"), Columns(), EN_ES),
+    ],
+)
+def test_columns_are_found_by_name_in_any_order_and_case(tmp_path, write, names, columns, languages):
+    suffix = {jsonl: "jsonl", tsv: "tsv", comma: "csv"}[write]
+    there, back = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
+    there.write_text(write(FLAT, names))
+    back.write_text(write([Pair(t, s) for s, t, *_ in FLAT], names[::-1]))
+    assert read_pairs(str(there), columns, languages=languages) == FLAT
+    assert read_pairs(str(back), columns, languages=languages) == FLAT
+
+
+def test_a_record_of_more_columns_has_those_of_its_group_and_fields(tmp_path):
+    file = tmp_path / "p.csv"
+    file.write_text("Topic,Page,TARGET,Source\nhelp,3,Hola,Hello\n")
+    read = read_pairs(str(file), Columns(group="page", fields=("topic",)))
+    assert read == [Pair("Hello", "Hola", "3", (("topic", "help"),))]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "message"),
+    [
+        ("p.tsv", "es\ten\nHola\tHello\n", Columns(), "line 1: es, en look like names of columns: say which"),
+        ("p.csv", "English,Spanish\nHello,Hola\n", Columns(), "English, Spanish look like names of columns"),
+        ("p.tsv", "text\ttranslation\nHello\tHola\n", Columns(), "look like names of columns"),
+        ("p.tsv", "Hello\tHola\n", Columns("en", "es"), "expected a line with the columns' names 'en', 'es', found"),
+        ("p.tsv", "en\tfr\nHello\tBonjour\n", Columns("en", "es"), "expected a line with the columns' names"),
+        ("p.jsonl", '{"Source": "a", "source ": "c", "target": "b"}\n', Columns("SOURCE"), "expected the columns"),
+        ("p.jsonl.gz", "not packed", Columns(), "cannot be read"),
+        ("p.parquet", "not one", Columns(), "not a Parquet file"),
+        ("p.json", "[1, 2", Columns(), "not valid JSON"),
+        ("p.en", "Hello\n", Columns(), "of two files with a sentence a line each, give both"),
+    ],
+)
+def test_what_could_be_read_in_the_wrong_direction_is_refused(tmp_path, name, content, columns, message):
+    file = tmp_path / name
+    file.write_text(content)
+    for reading in (None, Reading()):
+        with pytest.raises(DataError, match=message):
+            read_pairs(str(file), columns, reading=reading)
+
+
+def test_two_files_of_lines_are_told_apart_by_their_names(tmp_path):
+    en, es, fr, plain = (tmp_path / name for name in ("train.en", "train.es", "train.fr", "b.source"))
+    en.write_text("Hello\n\nYes\n")
+    es.write_bytes("Hola\r\n\r\nSí\r\n".encode())
+    fr.write_text("Bonjour\n\nOui\n")
+    plain.write_text("Bonjour\n\nOui\n")
+    read = [Pair("Hello", "Hola"), Pair("Yes", "Sí")]
+    assert read_pairs([str(en), str(es)]) == read
+    for order in ([str(en), str(es)], [str(es), str(en)]):
+        assert read_pairs(order, languages=EN_ES) == read
+        assert read_pairs(order, languages=("en-GB", "es-419")) == read
+    assert read_pairs([str(plain), str(es)], languages=EN_ES)[0] == Pair("Bonjour", "Hola")  # as they were given
+    with pytest.raises(DataError, match=r"by their names of en and fr, and the patch is from en to es"):
+        read_pairs([str(en), str(fr)], languages=EN_ES)
+    fr.write_text("Bonjour\n\n\n")
+    with pytest.raises(DataError, match=r"line 3: source and target must both be text"):
+        read_pairs([str(en), str(fr)])
+    reading = Reading()
+    assert read_pairs([str(en), str(fr)], reading=reading) == [Pair("Hello", "Bonjour")]
+    assert reading.wrong == 1
+    es.write_text("Hola\n\nSí\nNo\n")
+    with pytest.raises(DataError, match="has 3 lines and .* 4: .* not each other's translation"):
+        read_pairs([str(en), str(es)], reading=Reading())
+
+
+def test_lines_that_are_no_pairs_are_counted_and_the_first_ten_shown(tmp_path):
+    file = tmp_path / "p.jsonl"
+    good, bad = jsonl(READ[:1]), '{"source": "a"}\n{"source": "a", "target": " "}\nno JSON\n[]\n'
+    file.write_text(good + bad * 4 + good)
+    reading = Reading()
+    assert len(read_pairs(str(file), reading=reading)) == 2
+    assert reading.wrong == 16
+    assert len(reading.first) == 10
+    assert "line 2: expected the columns" in reading.first[0]
+    assert "line 4: not valid JSON" in reading.first[2]
+    with pytest.raises(DataError, match="line 2: expected the columns 'source', 'target', found \\['source'\\]"):
+        read_pairs(str(file))
+    file.write_text(bad)
+    with pytest.raises(DataError, match="no sentence pairs in it. The first line that is none: .*line 1: expected"):
+        read_pairs(str(file), reading=Reading())
+
+
+def test_data_sets_by_reference(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    rows = [{"translation": {"es": f"b{i}", "en": f"a{i}"}} for i in range(9)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = [Pair(f"a{i}", f"b{i}") for i in range(9)]
+    assert read_pairs(str(folder), languages=EN_ES) == whole
+    assert read_pairs(f"{folder}::train[:4]", languages=EN_ES) == whole[:4]
+    assert read_pairs(f"{folder}::train[2:4]+train[:1]", languages=EN_ES) == [*whole[2:4], whole[0]]
+    assert read_pairs(str(folder), languages=EN_ES, limit=3) == whole[:3]  # streamed
+    with pytest.raises(DataError, match="expected the columns 'source', 'target', found"):
+        read_pairs(str(folder), languages=("en", "fr"))
+
+
+def chats(*turns):
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": text} for role, text in zip(roles * len(turns), turns, strict=False)]
+    return json.dumps({"messages": messages}) + "\n"
+
+
+def test_chats_are_pairs_of_their_turns(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text(chats("Say hello.", "Hola.") + chats("a", "b", "c", "d"))
+    reading = Reading()
+    assert read_pairs(str(file), reading=reading) == [Pair("Say hello.", "Hola.")]
+    assert reading.messages
+    assert "line 2: expected messages of a user and an assistant" in reading.first[0]
+
+
+BUILD = ["--language", "es", "--embed-steps", 2, "--steps", 2, "--top-k", 3, "--dev", 8, "--held-out", 8, "--json"]
+
+
+def test_a_build_from_chats_has_the_chat_template_without_words_of_its_own(tmp_path, base_folder, tokenizer):
+    import copy
+
+    import transformers
+
+    base = tmp_path / "base"
+    transformers.AutoModelForCausalLM.from_pretrained(base_folder).save_pretrained(base)
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    chatty.save_pretrained(base)
+    file, output = tmp_path / "chats.jsonl", tmp_path / "es.safetensors"
+    file.write_text("".join(chats(f"Say in Spanish: {s}", t) for s, t in PAIRS))
+    command = ["build", "--base", base, "--pairs", file, "-o", output, *BUILD]
+    code, _, err = run_cli(*command)
+    assert code == 1
+    assert "add --template chat" in err
+    code, _, err = run_cli(*command, "--template", "chat")
+    assert code == 0, err
+    assert Patch.load(output).meta.template.text == "<user>{source}\n<assistant>"
+
+
+def test_a_build_says_what_it_read_and_from_which_language_to_which(tmp_path, base_folder):
+    en, es = tmp_path / "train.en", tmp_path / "train.es"
+    en.write_text("".join(f"{s}\n" for s, _ in PAIRS) + "alone\n")
+    es.write_text("".join(f"{t}\n" for _, t in PAIRS) + "\n")
+    command = ["build", "--base", base_folder, "-o", tmp_path / "es.safetensors", *BUILD]
+    swapped = ["--pairs", es, "--pairs", en]
+    code, out, err = run_cli(*command, *swapped)
+    assert code == 0, err
+    events = {event["event"]: event for event in map(json.loads, out.splitlines())}
+    assert events["pairs"]["message"].startswith(f"English (en) -> Spanish (es), {len(PAIRS):,} pairs. The first:\n")
+    assert events["pairs"]["examples"] == [list(pair) for pair in PAIRS[:5]]
+    assert events["wrong_lines"]["lines"] == 1
+    assert f"line {len(PAIRS) + 1}: source and target must both be text" in events["wrong_lines"]["first"][0]
+    code, _, err = run_cli(*command, *swapped, "--strict", "--force")
+    assert code == 1
+    assert f"line {len(PAIRS) + 1}: source and target must both be text" in err
+    # What eval reads again are the same two files.
+    code, out, err = run_cli("eval", tmp_path / "es.safetensors", "--json", "--controls", "none")
+    assert code == 0, err
+    code, _, err = run_cli(*command, *swapped, "--source-language", "es", "--force")
+    assert code == 1
+    assert "source and target are both Spanish" in err
+
+
+def test_an_extended_language_is_one(tmp_path, base_folder, pairs_file):
+    command = ["build", "--base", base_folder, "--pairs", pairs_file, "-o", tmp_path / "p.safetensors", *BUILD]
+    code, out, err = run_cli(*command, "--language", "zh-yue")
+    assert code == 0, err
+    assert "English (en) -> Cantonese (zh-yue)" in out
