@@ -239,7 +239,7 @@ def _open(path: Path) -> io.TextIOWrapper:
     try:
         raw = fsspec.open(f"file://{path.resolve()}", "rb", compression="infer").open()
     except (ValueError, ImportError) as error:
-        raise DataError(f"{path}: {path.suffix} needs another package: pip install 'ksl-patch[datasets]' ({error}).") from error
+        raise DataError(f"{path}: to unpack it, pip install 'ksl-patch[datasets]' ({error}).") from error
     if path.suffix.lower() in _PACKED:  # which cannot all be read twice
         with raw:
             raw = io.BytesIO(raw.read())
