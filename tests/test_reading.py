@@ -133,6 +133,10 @@ def test_two_files_of_lines_are_told_apart_by_their_names(tmp_path):
     for order in ([str(en), str(es)], [str(es), str(en)]):
         assert read_pairs(order, languages=EN_ES) == read
         assert read_pairs(order, languages=("en-GB", "es-419")) == read
+    texts = [tmp_path / "a.es.txt", tmp_path / "a.en.txt.gz"]
+    texts[0].write_bytes(es.read_bytes())
+    texts[1].write_bytes(gzip.compress(en.read_bytes()))
+    assert read_pairs(list(map(str, texts)), languages=EN_ES) == read
     assert read_pairs([str(plain), str(es)], languages=EN_ES)[0] == Pair("Bonjour", "Hola")  # as they were given
     with pytest.raises(DataError, match=r"by their names of en and fr, and the patch is from en to es"):
         read_pairs([str(en), str(fr)], languages=EN_ES)

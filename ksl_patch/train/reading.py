@@ -87,7 +87,7 @@ def read_pairs(
     """
     places = [where] if isinstance(where, str) else list(where)
     columns = columns if isinstance(columns, Columns) else Columns(*columns)
-    if len(places) == 2 and all(Path(place).is_file() and _form(Path(place)) is None for place in places):
+    if len(places) == 2 and all(_is_lines(Path(place)) for place in places):
         if columns != Columns():
             raise DataError(f"{places[0]} and {places[1]} are lines of text and have no columns.")
         records: Iterable[_Record] = _read_aligned(places, languages)
@@ -232,12 +232,22 @@ def _form(path: Path) -> str | None:
     return suffix.lower() if suffix.lower() in _FORMATS else None
 
 
+def _is_lines(path: Path) -> bool:
+    """Whether a file can be one of two with a sentence a line each: text of no other form."""
+    if not path.is_file() or _form(path) not in (None, ".txt"):
+        return False
+    if _form(path) is None:
+        return True
+    with _open(path) as lines:
+        return "\t" not in lines.readline()
+
+
 def _open(path: Path) -> io.TextIOWrapper:
     """A file's text, unpacked where its name says that it is packed."""
-    import fsspec
+    from fsspec.implementations.local import LocalFileSystem
 
     try:
-        raw = fsspec.open(f"file://{path.resolve()}", "rb", compression="infer").open()
+        raw = LocalFileSystem().open(str(path.resolve()), "rb", compression="infer")
     except (ValueError, ImportError) as error:
         raise DataError(f"{path}: to unpack it, pip install 'ksl-patch[datasets]' ({error}).") from error
     if path.suffix.lower() in _PACKED:  # which cannot all be read twice
@@ -364,6 +374,7 @@ def _read_aligned(places: Sequence[str], languages: tuple[str, str] | None) -> I
 
 def _language_of(path: Path) -> str | None:
     name = path.with_suffix("") if path.suffix.lower() in _PACKED else path
+    name = name.with_suffix("") if name.suffix.lower() == ".txt" else name
     tag = name.suffix.removeprefix(".")
     return tag if tag and _is_tag(tag) else None
 
