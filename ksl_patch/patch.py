@@ -487,8 +487,6 @@ def _as_written(meta: PatchMeta) -> dict[str, Any]:
 
 def token_text(tokenizer: Any, token_id: int) -> str:
     """A token as text; by its name in the vocabulary where it is no whole character."""
-    if token_id >= len(tokenizer):
-        return ""
     text: str = tokenizer.decode([token_id])
     return tokenizer.convert_ids_to_tokens(token_id) or "" if "\ufffd" in text or not text else text
 

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,7 +189,8 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
     entry: tuple[str, str, Patch | None, int]
     for given in patches:
         name, found, reference = given.partition("=")
-        if not found or not is_name(name) or Path(given).exists():  # a path may have "=" in it too
+        # A path may have "=" in it too.
+        if not found or Path(given).exists() or not (is_name(name) or Path(reference).exists()):
             name, reference = "", given
         if public is not None and Path(reference).is_dir():
             raise RunError(f"{reference} is a folder, and only patch files can be signed.")
@@ -222,15 +224,22 @@ def _read_flags(flags: list[str]) -> tuple[list[str], int | None, dict[str, Any]
     parser.add_argument("--api-key", nargs="*")
     parser.add_argument("--api-server-count", "-asc", type=int)
     config = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    config.add_argument("--additional-config", type=json.loads, default={})
+    config.add_argument("--additional-config", type=_json_object, default={})
     try:
         found, _ = parser.parse_known_args(plain)
         taken, rest = config.parse_known_args(plain)
     except (argparse.ArgumentError, ValueError) as error:
         raise RunError(f"{error}.") from error
-    if not isinstance(taken.additional_config, dict):
-        raise RunError("--additional-config needs a JSON object.")
     return list(filter(None, found.api_key or [])), found.api_server_count, dict(taken.additional_config), rest
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    read: Any = None
+    with suppress(ValueError, RecursionError):
+        read = json.loads(text)
+    if not isinstance(read, dict):
+        raise argparse.ArgumentTypeError("needs a JSON object")
+    return read
 
 
 def _plugins() -> str:

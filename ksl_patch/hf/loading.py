@@ -24,8 +24,7 @@ def load_base(
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
-        config = transformers.AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
-        if other := _no_causal_model(config):
+        if other := _no_causal_model(base, revision):
             raise RunError(f"{base} is {other}: give a causal language model.")
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             base, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True
@@ -57,10 +56,15 @@ def load_tokenizer(folder: str) -> Any:
         ) from error
 
 
-def _no_causal_model(config: Any) -> str | None:
+def _no_causal_model(base: str, revision: str | None) -> str | None:
     """What a checkpoint is of by its configuration, where that is no causal language model."""
+    import transformers
     from transformers.models.auto import modeling_auto as auto
 
+    try:
+        config = transformers.AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+    except OSError:  # an adapter's folder, or nothing, which the model's own loading says
+        return None
     if getattr(config, "is_encoder_decoder", False):
         return f"an encoder-decoder ({config.model_type})"
     mappings = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
