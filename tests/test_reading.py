@@ -138,13 +138,13 @@ def test_two_files_of_lines_are_told_apart_by_their_names(tmp_path):
     texts[1].write_bytes(gzip.compress(en.read_bytes()))
     assert read_pairs(list(map(str, texts)), languages=EN_ES) == read
     assert read_pairs([str(plain), str(es)], languages=EN_ES)[0] == Pair("Bonjour", "Hola")  # as they were given
-    with pytest.raises(DataError, match=r"by their names of en and fr, and the patch is from en to es"):
+    with pytest.raises(DataError, match=r"by their names of en and fr, and the pairs are to be from en to es"):
         read_pairs([str(en), str(fr)], languages=EN_ES)
-    fr.write_text("Bonjour\n\n\n")
-    with pytest.raises(DataError, match=r"line 3: source and target must both be text"):
+    fr.write_text(" \n\nOui\n")
+    with pytest.raises(DataError, match=r"line 1: source and target must both be text"):
         read_pairs([str(en), str(fr)])
     reading = Reading()
-    assert read_pairs([str(en), str(fr)], reading=reading) == [Pair("Hello", "Bonjour")]
+    assert read_pairs([str(en), str(fr)], reading=reading) == [Pair("Yes", "Oui")]
     assert reading.wrong == 1
     es.write_text("Hola\n\nSí\nNo\n")
     with pytest.raises(DataError, match="has 3 lines and .* 4: .* not each other's translation"):
@@ -154,9 +154,9 @@ def test_two_files_of_lines_are_told_apart_by_their_names(tmp_path):
 def test_lines_that_are_no_pairs_are_counted_and_the_first_ten_shown(tmp_path):
     file = tmp_path / "p.jsonl"
     good, bad = jsonl(READ[:1]), '{"source": "a"}\n{"source": "a", "target": " "}\nno JSON\n[]\n'
-    file.write_text(good + bad * 4 + good)
+    file.write_text(good + bad * 4 + good * 19)
     reading = Reading()
-    assert len(read_pairs(str(file), reading=reading)) == 2
+    assert len(read_pairs(str(file), reading=reading)) == 20
     assert reading.wrong == 16
     assert len(reading.first) == 10
     assert "line 2: expected the columns" in reading.first[0]
@@ -165,6 +165,110 @@ def test_lines_that_are_no_pairs_are_counted_and_the_first_ten_shown(tmp_path):
         read_pairs(str(file))
     file.write_text(bad)
     with pytest.raises(DataError, match="no sentence pairs in it. The first line that is none: .*line 1: expected"):
+        read_pairs(str(file), reading=Reading())
+    file.write_text(good + bad)
+    with pytest.raises(DataError, match="4 lines are no pairs, and 1 are in it"):
+        read_pairs(str(file), reading=Reading())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "read"),
+    [
+        # Only a line feed ends a line: another sign on one side would shift all that follow.
+        ("p.tsv", "Hello\tHola\rmundo\nYes\tSí\r\n", [Pair("Hello", "Hola\rmundo"), Pair("Yes", "Sí")]),
+        ("p.tsv", '"He said ""hi"""\tHola\n"Yes"\t"Sí"\n', [Pair('He said "hi"', "Hola"), Pair('"Yes"', '"Sí"')]),
+        ("p.csv", "source;target\nHello, world;Hola, mundo\n", [Pair("Hello, world", "Hola, mundo")]),
+        ("p.csv", "no,no\nsun,sol\n", [Pair("no", "no"), Pair("sun", "sol")]),
+        ("p.csv", "French,Francés\nThai,Tailandés\n", [Pair("French", "Francés"), Pair("Thai", "Tailandés")]),
+        ("p.jsonl", '{"source": "wiki", "translation": {"en": "a", "es": "b"}}\n', [Pair("a", "b")]),
+    ],
+)
+def test_files_as_other_tools_write_them(tmp_path, name, content, read):
+    file = tmp_path / name
+    file.write_bytes(content.encode())
+    assert read_pairs(str(file), languages=EN_ES) == read
+
+
+@pytest.mark.parametrize(
+    ("content", "languages", "message"),
+    [
+        ("sw_text\ten_text\na\tb\n", ("en", "sw"), "look like names"),
+        ("target_text\tsource_text\na\tb\n", ("en", "sw"), "look like names"),
+        ("prompt\tcompletion\na\tb\n", ("en", "sw"), "look like names"),
+        ("sentence1\tsentence2\na\tb\n", ("en", "sw"), "look like names"),
+        ("sentence_eng_Latn\tsentence_swh_Latn\na\tb\n", ("en", "sw"), "look like names"),
+        ("en\tzh-Hans\na\tb\n", ("en", "zh-Hant"), "look like names"),
+        ("en\tsr-Cyrl\na\tb\n", ("en", "sr-Latn"), "look like names"),
+        ("en\tpt_PT\na\tb\n", ("en", "pt-BR"), "look like names"),
+        ("en\tzh_TW\na\tb\n", ("en", "zh-Hans"), "look like names"),
+        ("id\ten\n1\ta\n2\tc\n", ("en", "id"), "what was taken for the target is numbers"),
+        ("source\ttarget\tsource\na\tb\tc\n", ("en", "sw"), "expected source, tab, target; found 3 fields"),
+        ("a\tb\0\n", ("en", "sw"), "there is a NUL"),
+    ],
+)
+def test_what_nobody_asked_for_is_not_taken(tmp_path, content, languages, message):
+    file = tmp_path / "p.tsv"
+    file.write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_pairs(str(file), languages=languages)
+
+
+@pytest.mark.parametrize(
+    ("ends", "languages", "swapped"),
+    [
+        (("src", "tgt"), EN_ES, False),
+        (("trg", "src"), EN_ES, True),
+        (("en.bpe", "es.bpe"), EN_ES, False),
+        (("eng_Latn", "swh_Latn"), ("en", "sw"), False),
+        (("arb_Arab", "eng_Latn"), ("en", "ar"), True),
+        (("nob_Latn", "en"), ("en", "no"), True),
+        (("en", "nb"), ("en", "no"), False),
+        (("zh_TW", "en"), ("en", "zh-Hant"), True),
+        (("en", "es"), (None, "es"), False),
+        (("es", "en"), (None, "es"), True),
+    ],
+)
+def test_names_of_aligned_files(tmp_path, ends, languages, swapped):
+    for end, text in zip(ends, ("one", "two"), strict=True):
+        (tmp_path / f"t.{end}").write_text(f"{text}\n")
+    pair = read_pairs([str(tmp_path / f"t.{end}") for end in ends], languages=languages)[0]
+    assert pair == (Pair("two", "one") if swapped else Pair("one", "two"))
+
+
+def test_aligned_files_with_signs_that_look_like_line_ends(tmp_path):
+    en, es = tmp_path / "t.en", tmp_path / "t.es"
+    en.write_bytes("one\ntwo\rTWO\nthr\u2028ee\n".encode())
+    es.write_bytes(b"1\r\n2\nx3\n\n\n")
+    with pytest.raises(DataError, match="numbers"):
+        read_pairs([str(en), str(es)])
+    es.write_bytes(b"x1\r\nx2\nx3\n\n\n")
+    assert read_pairs([str(en), str(es)]) == [Pair("one", "x1"), Pair("two\rTWO", "x2"), Pair("thr\u2028ee", "x3")]
+    with pytest.raises(DataError, match=r"t\.sw: no such file"):
+        read_pairs([str(en), str(tmp_path / "t.sw")])
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
+def test_a_packed_file_that_ends_early_or_is_none(tmp_path, suffix):
+    text = jsonl([Pair(f"a{i}", f"b{i * i}") for i in range(5000)]).encode()
+    packed = {"gz": gzip, "bz2": bz2, "xz": lzma, "zst": zstandard}[suffix].compress(text)
+    file = tmp_path / f"p.jsonl.{suffix}"
+    file.write_bytes(packed)
+    assert len(read_pairs(str(file))) == 5000
+    for content in (packed[: len(packed) // 2], text):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read"):
+            read_pairs(str(file), reading=Reading())
+
+
+def test_a_quote_that_nobody_closes_does_not_swallow_the_rest(tmp_path):
+    file = tmp_path / "p.csv"
+    rest = "".join(f"a{i},b{i}\n" for i in range(200))
+    file.write_text(f'Hello,Hola\n"Nice" day,Buen día\nYes,Sí\n{rest}')
+    reading = Reading()
+    assert len(read_pairs(str(file), reading=reading)) == 202
+    assert "line 2: not valid CSV" in reading.first[0]
+    file.write_text(f'Hello,Hola\n"Yes,Sí\n{rest}')
+    with pytest.raises(DataError, match="line 2: a quote begins there that ends in line 202, if at all"):
         read_pairs(str(file), reading=Reading())
 
 
@@ -223,14 +327,16 @@ def test_a_build_from_chats_has_the_chat_template_without_words_of_its_own(tmp_p
 
 def test_a_build_says_what_it_read_and_from_which_language_to_which(tmp_path, base_folder):
     en, es = tmp_path / "train.en", tmp_path / "train.es"
-    en.write_text("".join(f"{s}\n" for s, _ in PAIRS) + "alone\n")
-    es.write_text("".join(f"{t}\n" for _, t in PAIRS) + "\n")
+    en.write_text("".join(f"{s}\n" for s, _ in PAIRS) + "alone\nThe last.\n")
+    es.write_text("".join(f"{t}\n" for _, t in PAIRS) + "\nLo último.\n\n")
     command = ["build", "--base", base_folder, "-o", tmp_path / "es.safetensors", *BUILD]
     swapped = ["--pairs", es, "--pairs", en]
     code, out, err = run_cli(*command, *swapped)
     assert code == 0, err
     events = {event["event"]: event for event in map(json.loads, out.splitlines())}
-    assert events["pairs"]["message"].startswith(f"English (en) -> Spanish (es), {len(PAIRS):,} pairs. The first:\n")
+    assert events["pairs"]["message"].startswith(
+        f"English (en) -> Spanish (es), {len(PAIRS) + 1:,} pairs. The first:\n"
+    )
     assert events["pairs"]["examples"] == [list(pair) for pair in PAIRS[:5]]
     assert events["wrong_lines"]["lines"] == 1
     assert f"line {len(PAIRS) + 1}: source and target must both be text" in events["wrong_lines"]["first"][0]

@@ -215,7 +215,7 @@ def subject(
         if test is not None:
             part, template = "given", patch.meta.template
             fields = tuple((template and template.fields) or ())
-            languages = None if build is None else (build.config.source_language, build.config.language)
+            languages = (None if build is None else build.config.source_language, patch.meta.language)
             read = read_pairs(test, Columns(*columns, group, fields), languages=languages)
             held_out = encode_test(patch, model, tokenizer, read, build, reporter)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -157,15 +158,17 @@ class Build:
         if config.columns[1] in fields:
             raise RunError(f"the template must not hold the answer: remove {{{config.columns[1]}}}.")
         languages = config.source_language, config.language
+        for language in languages:
+            language_name(language)
         if same_language(*languages):
             raise RunError(f"source and target are both {language_name(config.language)}: name another language.")
-        reading = Reading()
+        reading = Reading(strict=config.strict)
         read = read_pairs(
             config.pairs,
             Columns(*config.columns, config.group, tuple(fields)),
             languages=languages,
             limit=None if config.max_pairs is None else 2 * (config.max_pairs + config.dev + config.held_out),
-            reading=None if config.strict else reading,
+            reading=reading,
         )
         self._chats = reading.messages
         if self._chats and config.template != "chat":
@@ -620,6 +623,7 @@ class Build:
         if not made.chat:
             return made
         key = [config.system, config.source_language, config.language, self.loaded.digest]
+        key += ["chats"] if self._chats else []
         name = f"template-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
         try:
             return TemplateMeta(**self._once(name, asdict(made)))
@@ -694,7 +698,7 @@ def _selected_as(patch: Patch, config: BuildConfig) -> BuildConfig:
 
 def _resolved(path: str) -> str:
     """A path from anywhere; what does not exist is an id on the Hub."""
-    return str(Path(path).resolve()) if Path(path).exists() else path
+    return os.path.abspath(path) if Path(path).exists() else path  # noqa: PTH100 - a link's name says a form, too
 
 
 def _short(text: str) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import csv
+import gzip
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +21,17 @@ from ksl_patch.errors import DataError
 from ksl_patch.train.pairs import Pair
 
 _SHOWN = 10
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
 _FORMATS = (".jsonl", ".json", ".tsv", ".txt", ".csv", ".parquet")
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 # What files call their columns, beside languages: as a first line, hardly a pair.
-_NAMES = frozenset(
-    ["source", "target", "src", "tgt", "trg", "text", "translation", "sentence", "reference", "original"]
-)
+_SOURCES = frozenset(["source", "src", "prompt", "input", "query", "question", "original"])
+_TARGETS = frozenset(["target", "tgt", "trg", "completion", "output", "response", "answer", "translation", "reference"])
+_NAMES = _SOURCES | _TARGETS | frozenset(["text", "sentence", "sent", "mt", "ref", "id"])
+_QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
+_LONGEST_ROW = 100  # lines: a quote that nobody closes makes one row of the rest of a file
 csv.field_size_limit(1 << 27)
+
+Languages = tuple[str | None, str | None]
 
 
 class Columns(NamedTuple):
@@ -47,28 +55,31 @@ class Columns(NamedTuple):
 
 @dataclass
 class Reading:
-    """What reading pairs met beside them.
+    """What reading pairs meets beside them.
 
-    wrong: lines that are no pairs, and were left out. first: the first ten of them, each with its file, line and
-    reason. messages: whether the pairs are a chat's turns.
+    strict: whether a line that is no pair is an error. Else it is left out; wrong: how many were, first: the first ten
+    of them, each with its file, line and reason. messages: whether the pairs are a chat's turns.
     """
 
+    strict: bool = False
     wrong: int = 0
     first: list[str] = field(default_factory=list)
     messages: bool = False
 
-    def leave_out(self, reason: str) -> None:
-        """Count a line."""
+    def leave_out(self, error: DataError) -> None:
+        """Count a line, or raise what is wrong with it."""
+        if self.strict:
+            raise error
         self.wrong += 1
         if len(self.first) < _SHOWN:
-            self.first.append(reason)
+            self.first.append(str(error))
 
 
 def read_pairs(
     where: str | Sequence[str],
     columns: Columns | tuple[str, str] = Columns(),  # noqa: B008 - immutable
     *,
-    languages: tuple[str, str] | None = None,
+    languages: Languages = (None, None),
     limit: int | None = None,
     reading: Reading | None = None,
 ) -> list[Pair]:
@@ -76,42 +87,41 @@ def read_pairs(
 
     where: .jsonl, .json (an array, or as .jsonl), .csv, .tsv or .txt (with tabs), .parquet, text files as .gz, .bz2,
         .xz or .zst too; two files with a sentence a line each, `train.en` and `train.es`; or a dataset as
-        `id[@revision][:config[:split]]`. Several files of one kind are read one after the other.
+        `id[@revision][:config[:split]]`. Several files are read one after the other.
     columns: names are found whatever their case and order. Without names of one's own, columns that are called as the
         two languages do as well, so do `translation` objects as the OPUS sets have them, and `messages` of a user and
         an assistant. A table without a line of names has the source first.
     languages: BCP 47 tags of source and target. limit: records to take of a dataset, which is then streamed.
     reading: where lines that are no pairs are counted and left out; without it the first of them is an error.
 
-    Raises DataError that names the file and line.
+    Raises DataError that names the file and line, also where more lines are wrong than right.
     """
     places = [where] if isinstance(where, str) else list(where)
     columns = columns if isinstance(columns, Columns) else Columns(*columns)
-    if len(places) == 2 and all(_is_lines(Path(place)) for place in places):
-        if columns != Columns():
-            raise DataError(f"{places[0]} and {places[1]} are lines of text and have no columns.")
-        records: Iterable[_Record] = _read_aligned(places, languages)
-    else:
-        records = chain.from_iterable(_read_one(place, columns, languages, limit) for place in places)
-    named = _Named(columns, languages)
-    pairs = []
+    reading = reading or Reading(strict=True)
+    named, pairs, what = _Named(columns, languages), [], ", ".join(places)
     try:
-        for place, record in records:
+        for place, record in _records(places, columns, languages, limit):
             try:
                 if isinstance(record, _Wrong):
                     raise DataError(f"{place}: {record}")
                 pairs.append(named.pair(record, place))
             except DataError as error:
-                if reading is None:
-                    raise
-                reading.leave_out(str(error))
-    except (OSError, UnicodeDecodeError, EOFError, csv.Error) as error:
-        raise DataError(f"{', '.join(places)}: cannot be read as UTF-8 text ({error}).") from error
-    if not pairs:
-        reason = f" The first line that is none: {reading.first[0]}" if reading is not None and reading.first else ""
-        raise DataError(f"{', '.join(places)}: there are no sentence pairs in it.{reason}")
-    if reading is not None:
-        reading.messages = named.messages
+                reading.leave_out(error)
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{what}: cannot be read as UTF-8 text ({error}).") from error
+    if not pairs or reading.wrong > len(pairs):
+        count = (
+            f"{reading.wrong:,} lines are no pairs, and {len(pairs):,} are" if pairs else "there are no sentence pairs"
+        )
+        reason = f" The first line that is none: {reading.first[0]}" if reading.first else ""
+        raise DataError(f"{what}: {count} in it.{reason}")
+    if named.messages and named.others:
+        raise DataError(f"{what}: some records are chats (messages), and some are pairs: give one kind.")
+    for side, texts in (("source", [p.source for p in pairs]), ("target", [p.target for p in pairs])):
+        if 2 * sum(text.isdecimal() for text in texts) > len(texts):
+            raise DataError(f"{what}: what was taken for the {side} is numbers: name the columns with --columns.")
+    reading.messages = named.messages
     return pairs
 
 
@@ -123,27 +133,40 @@ class _Wrong(str):
 _Record = tuple[str, Any]
 
 
+def _records(places: list[str], columns: Columns, languages: Languages, limit: int | None) -> Iterable[_Record]:
+    paths = [Path(place) for place in places]
+    if len(paths) == 2 and all(_is_lines(path) for path in paths):
+        if columns != Columns():
+            raise DataError(f"{paths[0]} and {paths[1]} are lines of text and have no columns.")
+        return _read_aligned(paths, languages)
+    if len(paths) == 2 and any(_is_lines(path) for path in paths):
+        for path in paths:
+            if not path.exists():
+                raise DataError(f"{path}: no such file.")
+    return chain.from_iterable(_read_one(place, columns, languages, limit) for place in places)
+
+
 class _Named:
-    """Which columns hold what, found for each set of names once."""
+    """Which columns hold what, found for each set of names once. messages, others: whether such records came."""
 
-    def __init__(self, columns: Columns, languages: tuple[str, str] | None) -> None:
+    def __init__(self, columns: Columns, languages: Languages) -> None:
         self._columns, self._languages = columns, languages
-        self._known: dict[tuple[str, ...], Columns | None] = {}
-        self.messages = False
+        self._known: dict[tuple[Any, ...], Columns | None] = {}
+        self.messages = self.others = False
 
-    def columns(self, names: Sequence[str]) -> Columns | None:
+    def columns(self, names: Sequence[Any]) -> Columns | None:
         """The columns by the names that they have here; None where one is missing."""
         key = tuple(names)
         if key not in self._known:
             self._known[key] = self._find(key)
         return self._known[key]
 
-    def _find(self, names: tuple[str, ...]) -> Columns | None:
+    def _find(self, names: tuple[Any, ...]) -> Columns | None:
         wanted = self._columns
         found = {name: _called(name, names) for name in wanted.names}
-        if self._languages is not None and wanted.by_default and not (found["source"] or found["target"]):
+        if wanted.by_default and not (found["source"] and found["target"]) and None not in self._languages:
             for name, language in zip(("source", "target"), self._languages, strict=True):
-                found[name] = _of_language(language, names)
+                found[name] = _of_language(str(language), names)
         if not all(found.values()) or found[wanted.source] == found[wanted.target]:
             return None
         group = None if wanted.group is None else found[wanted.group]
@@ -156,49 +179,60 @@ class _Named:
         if not isinstance(record, dict):
             raise DataError(f"{place}: expected an object with columns, found {type(record).__name__}.")
         inner = record.get("translation")
+        columns = None
         if isinstance(inner, dict):  # as OPUS sets have it
-            record = {**record, **inner}
-        columns = self.columns(list(record))
+            others = {name: value for name, value in record.items() if name not in ("source", "target")}
+            columns = self.columns([*others, *inner])
+            record = {**(others if columns else record), **inner}
+        columns = columns or self.columns(list(record))
         if columns is None and self._columns.by_default and isinstance(record.get("messages"), list):
             record, columns = record | _turns(record["messages"], place), self._columns
             self.messages = True
+        else:
+            self.others = True
         if columns is None or not set(columns.names) <= record.keys():
             expected = ", ".join(map(repr, self._columns.names))
             raise DataError(f"{place}: expected the columns {expected}, found {sorted(map(str, record))}.")
         return _pair(record, columns, self._columns.fields, place)
 
 
-def _called(name: str, names: Sequence[str]) -> str | None:
+def _called(name: str, names: Sequence[Any]) -> str | None:
     """The one of `names` that is this one, if need be in another case."""
-    if name in names:
-        return name
-    alike = [other for other in names if isinstance(other, str) and other.strip().casefold() == name.casefold()]
+    alike = [other for other in names if other == name] or [
+        other for other in names if isinstance(other, str) and other.strip().casefold() == name.casefold()
+    ]
     return alike[0] if len(alike) == 1 else None
 
 
-def _of_language(tag: str, names: Sequence[str]) -> str | None:
-    """The one of `names` that is this language's tag, or a closer or a wider one of it: "pt" for "pt-BR"."""
-    import langcodes
-
-    wanted = langcodes.get(tag)
-    exact, near = [], []
-    for name in names:
-        if not isinstance(name, str) or not _is_tag(name):
-            continue
-        other = langcodes.get(name.strip().replace("_", "-"))
-        if other.to_tag() == wanted.to_tag():
-            exact.append(name)
-        elif other.language == wanted.language:
-            near.append(name)
+def _of_language(tag: str, names: Sequence[Any]) -> str | None:
+    """The one of `names` that is this language's tag, or says less or more of it: "pt" or "pt-Latn-BR" for "pt-BR"."""
+    exact = [name for name in names if isinstance(name, str) and _agree(tag, name, exactly=True)]
+    near = [name for name in names if isinstance(name, str) and _agree(tag, name)]
     found = exact or near
     return found[0] if len(found) == 1 else None
+
+
+def _agree(tag: str, other: str, *, exactly: bool = False) -> bool:
+    """Whether two tags can be of one language, in one script and region as far as both say them."""
+    import langcodes
+
+    if not (_is_tag(tag) and _is_tag(other)):
+        return False
+    one, two = (langcodes.get(each.strip().replace("_", "-")).prefer_macrolanguage() for each in (tag, other))
+    if exactly:
+        return bool(one.to_tag() == two.to_tag())
+    scripts = [each.script or (each.maximize().script if each.territory else None) for each in (one, two)]
+    bokmal = {"nb": "no"}
+    languages = [bokmal.get(each.language, each.language) for each in (one, two)]
+    pairs = (languages, scripts, [one.territory, two.territory])
+    return all(a == b or (a is None or b is None) for a, b in pairs)
 
 
 def _is_tag(text: str) -> bool:
     import langcodes
 
     text = text.strip().replace("_", "-")
-    return 2 <= len(text) <= 12 and bool(langcodes.tag_is_valid(text))
+    return bool(re.fullmatch(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8}){0,3}", text)) and bool(langcodes.tag_is_valid(text))
 
 
 def _turns(messages: list[Any], place: str) -> dict[str, Any]:
@@ -213,11 +247,15 @@ def _pair(record: dict[str, Any], columns: Columns, fields: Sequence[str], place
     source, target = record[columns.source], record[columns.target]
     if not all(isinstance(text, str) and text.strip() for text in (source, target)):
         raise DataError(f"{place}: source and target must both be text that is not empty.")
+    if "\0" in source + target:
+        raise DataError(f"{place}: there is a NUL in the text: save the file as UTF-8.")
     if any(0xD800 <= ord(c) < 0xE000 for text in record.values() if isinstance(text, str) for c in text):
         raise DataError(f"{place}: half of a surrogate pair is no character: write the text as UTF-8.")
     group: Any = record[columns.group] if columns.group else None
-    if isinstance(group, int | float) and not isinstance(group, bool):
-        group = None if group != group else str(int(group)) if float(group).is_integer() else group
+    if isinstance(group, float):
+        group = None if group != group else str(int(group)) if group.is_integer() else group
+    elif isinstance(group, int) and not isinstance(group, bool):
+        group = str(group)
     group = "" if group is None else group
     others = tuple((name, record[own]) for name, own in zip(fields, columns.fields, strict=True))
     if not all(isinstance(text, str) for text in (group, *(text for _, text in others))):
@@ -226,9 +264,35 @@ def _pair(record: dict[str, Any], columns: Columns, fields: Sequence[str], place
     return Pair(source.strip(), target.strip(), group.strip(), others)
 
 
+def _unpack_zst(content: bytes) -> bytes:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise DataError("to unpack .zst, pip install 'ksl-patch[datasets]'.") from error
+    parts = []
+    while content:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            parts.append(frame.decompress(content))
+        except zstandard.ZstdError as error:
+            raise OSError(str(error)) from error
+        if not frame.eof:
+            raise EOFError("it ends early")
+        content = frame.unused_data
+    return b"".join(parts)
+
+
+_UNPACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+    ".zst": _unpack_zst,
+}
+
+
 def _form(path: Path) -> str | None:
     """The suffix that says a file's format, below that of a compression."""
-    suffix = path.with_suffix("").suffix if path.suffix.lower() in _PACKED else path.suffix
+    suffix = path.with_suffix("").suffix if path.suffix.lower() in _UNPACK else path.suffix
     return suffix.lower() if suffix.lower() in _FORMATS else None
 
 
@@ -236,34 +300,34 @@ def _is_lines(path: Path) -> bool:
     """Whether a file can be one of two with a sentence a line each: text of no other form."""
     if not path.is_file() or _form(path) not in (None, ".txt"):
         return False
-    if _form(path) is None:
-        return True
-    with _open(path) as lines:
-        return "\t" not in lines.readline()
-
-
-def _open(path: Path) -> io.TextIOWrapper:
-    """A file's text, unpacked where its name says that it is packed."""
-    from fsspec.implementations.local import LocalFileSystem
-
     try:
-        raw = LocalFileSystem().open(str(path.resolve()), "rb", compression="infer")
-    except (ValueError, ImportError) as error:
-        raise DataError(f"{path}: to unpack it, pip install 'ksl-patch[datasets]' ({error}).") from error
-    if path.suffix.lower() in _PACKED:  # which cannot all be read twice
-        with raw:
-            raw = io.BytesIO(raw.read())
-    head = raw.read(4)
-    raw.seek(0)
-    encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
-    return io.TextIOWrapper(raw, encoding=encoding, newline="")
+        return _form(path) is None or "\t" not in _text(path).partition("\n")[0]
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
 
 
-def _read_one(where: str, columns: Columns, languages: tuple[str, str] | None, limit: int | None) -> Iterator[_Record]:
+def _text(path: Path) -> str:
+    """A file's text, unpacked where its name says that it is packed."""
+    content = path.read_bytes()
+    if unpack := _UNPACK.get(path.suffix.lower()):
+        try:
+            content = unpack(content)
+        except ValueError as error:  # bz2's
+            raise EOFError(str(error)) from error
+    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    return content.decode(encoding)
+
+
+def _lines(path: Path) -> list[str]:
+    """A text's lines. Only a line feed ends one, so that files of as many lines stay aligned."""
+    return [line.removesuffix("\r") for line in _text(path).split("\n")]
+
+
+def _read_one(where: str, columns: Columns, languages: Languages, limit: int | None) -> Iterator[_Record]:
     path = Path(where)
     form = _form(path)
     if not path.is_file():
-        if form is not None or path.suffix.lower() in _PACKED:
+        if form is not None or path.suffix.lower() in _UNPACK:
             raise DataError(f"{where}: no such file.")
         return _read_dataset(where, limit)
     if form is None:
@@ -275,124 +339,179 @@ def _read_one(where: str, columns: Columns, languages: tuple[str, str] | None, l
         return _read_parquet(path)
     if form in (".jsonl", ".json"):
         return _read_json(path)
-    return _read_table(path, columns, languages, "," if form == ".csv" else "\t")
+    return _under_names(path, columns, languages, _csv(path) if form == ".csv" else _tsv(path))
 
 
 def _read_json(path: Path) -> Iterator[_Record]:
-    with _open(path) as lines:
-        first = next((line for line in lines if line.strip()), "")
-        if first.lstrip().startswith("["):
-            lines.seek(0)
-            try:
-                records = json.load(lines)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}: not valid JSON ({error}).") from error
-            yield from ((f"{path}, item {number}", record) for number, record in enumerate(records, start=1))
+    lines = _lines(path)
+    first = next((line for line in lines if line.strip()), "")
+    if first.lstrip().startswith("["):
+        try:
+            records = json.loads("\n".join(lines))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: not valid JSON ({error}).") from error
+        yield from ((f"{path}, item {number}", record) for number, record in enumerate(records, start=1))
+        return
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}, line {number}", json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield f"{path}, line {number}", _Wrong(f"not valid JSON ({error}).")
+
+
+# A place in words, a row's fields or why it has none, and the name of what separates them.
+_Row = tuple[str, "list[str] | _Wrong", str]
+
+
+def _tsv(path: Path) -> Iterator[_Row]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line:
+            # Quotes are text here, but for those that a writer of tables doubled.
+            fields = [text[1:-1].replace('""', '"') if _QUOTED.fullmatch(text) else text for text in line.split("\t")]
+            yield f"{path}, line {number}", fields, "tab"
+
+
+def _csv(path: Path) -> Iterator[_Row]:
+    text = _text(path)
+    first = text.lstrip().partition("\n")[0]
+    separator = "," if "," in first else ";" if ";" in first else "\t" if "\t" in first else ","
+    name = {",": "comma", ";": "semicolon", "\t": "tab"}[separator]
+    rows, begin = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), 1
+    while True:
+        fields: list[str] | _Wrong
+        try:
+            fields = next(rows)
+        except StopIteration:
             return
-        lines.seek(0)
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield f"{path}, line {number}", _Wrong(f"not valid JSON ({error}).")
+        except csv.Error as error:
+            fields = _Wrong(f"not valid CSV ({error}).")
+        end = max(begin, rows.line_num)
+        if end - begin >= _LONGEST_ROW:
+            raise DataError(f"{path}, line {begin}: a quote begins there that ends in line {end}, if at all.")
+        place = f"{path}, line {begin}" if begin == end else f"{path}, lines {begin} to {end}"
+        begin = end + 1
+        if fields:
+            yield place, fields, name
 
 
-def _read_table(path: Path, columns: Columns, languages: tuple[str, str] | None, delimiter: str) -> Iterator[_Record]:
-    """Rows under a line of names, or source and target."""
+def _under_names(path: Path, columns: Columns, languages: Languages, rows: Iterator[_Row]) -> Iterator[_Record]:
+    """Rows as records under a line of names, or of source and target."""
     names: list[str] | None = None
-    with _open(path) as lines:
-        reader = csv.reader(lines) if delimiter == "," else csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        begin = 1
-        for fields in reader:
-            end = reader.line_num
-            place = f"{path}, line {begin}" if begin == end else f"{path}, lines {begin} to {end}"
-            begin = end + 1
-            if not fields:
+    for place, fields, separator in rows:
+        if isinstance(fields, _Wrong):
+            yield place, fields
+            continue
+        if names is None:
+            names = ["source", "target"]
+            found = _Named(columns, languages).columns(fields)
+            if found is not None:
+                names = fields
                 continue
-            if names is None:
-                names = ["source", "target"]
-                if _Named(columns, languages).columns(fields) is not None:
-                    names = fields
-                    continue
-                if columns != Columns():
-                    expected = ", ".join(map(repr, columns.names))
-                    raise DataError(f"{place}: expected a line with the columns' names {expected}, found {fields}.")
-                if len(fields) > 1 and all(_names_a_column(text) for text in fields):
-                    raise DataError(
-                        f"{place}: {', '.join(fields)} look like names of columns: say which has the source and which "
-                        f"the target with --columns, or write {delimiter.join(names)!r} in a line before it."
-                    )
-            if len(fields) == len(names):
-                yield place, dict(zip(names, fields, strict=True))
-            else:
-                between = "comma" if delimiter == "," else "tab"
-                what = f"source, {between}, target" if names == ["source", "target"] else f"{len(names)} fields"
-                yield place, _Wrong(f"expected {what}; found {len(fields)} fields.")
+            if columns != Columns():
+                expected = ", ".join(map(repr, columns.names))
+                raise DataError(f"{place}: expected a line with the columns' names {expected}, found {fields}.")
+            if len(fields) > 1 and len(set(fields)) == len(fields) and all(map(_names_a_column, fields)):
+                raise DataError(
+                    f"{place}: {', '.join(fields)} look like names of columns: say which has the source and which the "
+                    "target with --columns, or write a line with source and target before it."
+                )
+        if len(fields) == len(names):
+            yield place, dict(zip(names, fields, strict=True))
+        else:
+            what = f"source, {separator}, target" if names == ["source", "target"] else f"{len(names)} fields"
+            yield place, _Wrong(f"expected {what}; found {len(fields)} fields.")
 
 
 def _names_a_column(text: str) -> bool:
+    """Whether a text reads as a column's name: "src", "en", "text_en", "English", and no sentence."""
     import langcodes
 
-    word = text.strip().casefold()
-    if word in _NAMES or _is_tag(word):
+    word = text.strip()
+    parts = [part for part in re.split(r"[_\s-]+", word.casefold()) if part]
+    rest = [part for part in parts if part.rstrip("0123456789") not in _NAMES]
+    if not rest:
+        return bool(parts)
+    if _is_tag("-".join(rest)) and (len(rest) > 1 or len(rest[0]) == 2 or len(rest) < len(parts)):
         return True
     try:
-        return bool(langcodes.find(word).language)
+        return word.isalpha() and bool(langcodes.find(word, "en").language)
     except LookupError:
         return False
 
 
-def _read_aligned(places: Sequence[str], languages: tuple[str, str] | None) -> Iterator[_Record]:
-    """Two files, a sentence a line each. Their names say which is which, where they say a language."""
-    paths = [Path(place) for place in places]
-    if languages is not None:
-        ends = [_language_of(path) for path in paths]
-        own = [_of_language(language, [end for end in ends if end]) for language in languages]
-        if all(ends) and ends != own:
-            if own != ends[::-1]:
-                raise DataError(
-                    f"{paths[0]} and {paths[1]} are by their names of {ends[0]} and {ends[1]}, and the patch is from "
-                    f"{languages[0]} to {languages[1]}."
-                )
-            paths = paths[::-1]
-    counts = [0, 0]
-    with _open(paths[0]) as sources, _open(paths[1]) as targets:
-        for number, (source, target) in enumerate(zip_longest(sources, targets), start=1):
-            counts[0] += source is not None
-            counts[1] += target is not None
-            if source is None or target is None or not (source.strip() or target.strip()):
-                continue
-            yield f"{paths[0]} and {paths[1]}, line {number}", {"source": source, "target": target}
-    if counts[0] != counts[1]:
+def _read_aligned(paths: list[Path], languages: Languages) -> Iterator[_Record]:
+    """Two files, a sentence a line each. Their names say which is which, where they say a language or a side."""
+    if _is_swapped(paths, languages):
+        paths = paths[::-1]
+    texts = []
+    for path in paths:
+        lines = _lines(path)
+        while lines and not lines[-1].strip():
+            lines.pop()
+        texts.append(lines)
+    if len(texts[0]) != len(texts[1]):
         raise DataError(
-            f"{paths[0]} has {counts[0]:,} lines and {paths[1]} {counts[1]:,}: lines of the same number are to be a "
-            "pair, so these are not each other's translation."
+            f"{paths[0]} has {len(texts[0]):,} lines and {paths[1]} {len(texts[1]):,}: lines of the same number are to "
+            "be a pair, so these are not each other's translation."
         )
+    for number, (source, target) in enumerate(zip(*texts, strict=True), start=1):
+        if source.strip() or target.strip():
+            yield f"{paths[0]} and {paths[1]}, line {number}", {"source": source, "target": target}
 
 
-def _language_of(path: Path) -> str | None:
-    name = path.with_suffix("") if path.suffix.lower() in _PACKED else path
+def _is_swapped(paths: list[Path], languages: Languages) -> bool:
+    """Whether the second of two files has the source. Raises DataError where their names are of other languages."""
+    ends = [_end(path) for path in paths]
+    if ends[0].casefold() in _TARGETS and ends[1].casefold() in _SOURCES:
+        return True
+    # Of each file for each side: of this language, of another one, or nothing that says a language.
+    says = [[_says(end, language) for language in languages] for end in ends]
+    as_given, swapped = [says[0][0], says[1][1]], [says[0][1], says[1][0]]
+    if True in swapped and False not in swapped and True not in as_given:
+        return True
+    if False in as_given:
+        if True in swapped and False not in swapped:
+            return True
+        raise DataError(
+            f"{paths[0]} and {paths[1]} are by their names of {ends[0]} and {ends[1]}, and the pairs are to be from "
+            f"{languages[0]} to {languages[1]}."
+        )
+    return False
+
+
+def _says(end: str, language: str | None) -> bool | None:
+    """Whether a file's ending is of a language; None where it is hardly one's tag."""
+    if language is None:
+        return None
+    if _agree(language, end):
+        return True
+    return False if (len(end) == 2 or re.search("[-_]", end)) and _is_tag(end) else None
+
+
+def _end(path: Path) -> str:
+    name = path.with_suffix("") if path.suffix.lower() in _UNPACK else path
     name = name.with_suffix("") if name.suffix.lower() == ".txt" else name
-    tag = name.suffix.removeprefix(".")
-    return tag if tag and _is_tag(tag) else None
+    return name.suffix.removeprefix(".")
 
 
 def _read_parquet(path: Path) -> Iterator[_Record]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise DataError(f"{path}: to read Parquet, pip install 'ksl-patch[datasets]'.") from error
+    number = 0
     try:
         with parquet.ParquetFile(path) as table:
-            number = 0
             for batch in table.iter_batches():
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", record
-    except ArrowException as error:
-        raise DataError(f"{path}: not a Parquet file that can be read ({error}).") from error
+    except (DataError, GeneratorExit):
+        raise
+    except Exception as error:  # the library raises many kinds, its own and Python's
+        raise DataError(f"{path}: not a Parquet file that can be read, after row {number} ({error}).") from error
 
 
 def _read_dataset(where: str, limit: int | None) -> Iterator[_Record]:
@@ -413,8 +532,8 @@ def _read_dataset(where: str, limit: int | None) -> Iterator[_Record]:
         data = datasets.load_dataset(
             name, config or None, split=split or "train", revision=revision or None, streaming=streamed
         )
-        for number, record in enumerate(islice(data, limit), start=1):
-            yield f"{where}, row {number}", record
+        records = list(islice(data, limit))
     except Exception as error:  # the library raises many kinds, its own and others'
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{where}: neither a file nor a dataset that can be loaded ({reason}).") from error
+    yield from ((f"{where}, row {number}", record) for number, record in enumerate(records, start=1))
