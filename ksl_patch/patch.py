@@ -347,12 +347,13 @@ class Patch:
                 "own tokenizer."
             )
         for token_id, text in zip(self.token_ids.tolist(), self.meta.tokens, strict=True):
-            if (found := token_text(tokenizer, token_id)) != text:
+            found = token_text(tokenizer, token_id)
+            if found != text or not text:
                 raise BaseMismatchError(
                     f"{other} ({made_with[:12]}...): token {token_id} is {found!r} here, and {text!r} to the patch."
                 )
         warnings.warn(
-            f"{other}; the tokens of {self.meta.name} are the same in both, others are not.",
+            f"{other}; the tokens of {self.meta.name} read the same in both, others do not.",
             OtherVocabularyWarning,
             stacklevel=stacklevel,
         )

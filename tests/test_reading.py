@@ -317,12 +317,21 @@ def test_a_build_from_chats_has_the_chat_template_without_words_of_its_own(tmp_p
     file, output = tmp_path / "chats.jsonl", tmp_path / "es.safetensors"
     file.write_text("".join(chats(f"Say in Spanish: {s}", t) for s, t in PAIRS))
     command = ["build", "--base", base, "--pairs", file, "-o", output, *BUILD]
-    code, _, err = run_cli(*command)
-    assert code == 1
-    assert "add --template chat" in err
-    code, _, err = run_cli(*command, "--template", "chat")
-    assert code == 0, err
-    assert Patch.load(output).meta.template.text == "<user>{source}\n<assistant>"
+    for strict in ([], ["--strict"]):
+        code, _, err = run_cli(*command, *strict)
+        assert code == 1
+        assert "add --template chat" in err
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(jsonl(PAIRS))
+    # One run folder keeps the templates of both kinds apart.
+    for given, asked in ((file, ""), (pairs, "Translate this sentence from English to Spanish.\n"), (file, "")):
+        command[4] = given
+        code, _, err = run_cli(*command, "--template", "chat", "--strict", "--force")
+        assert code == 0, err
+        assert Patch.load(output).meta.template.text == f"<user>{asked}{{source}}\n<assistant>"
+    file.write_text(file.read_text() + jsonl(PAIRS))
+    with pytest.raises(DataError, match="some records are chats"):
+        read_pairs(str(file))
 
 
 def test_a_build_says_what_it_read_and_from_which_language_to_which(tmp_path, base_folder):
@@ -349,6 +358,17 @@ def test_a_build_says_what_it_read_and_from_which_language_to_which(tmp_path, ba
     code, _, err = run_cli(*command, *swapped, "--source-language", "es", "--force")
     assert code == 1
     assert "source and target are both Spanish" in err
+
+
+def test_pairs_behind_a_link_are_found_again(tmp_path, base_folder):
+    """As DVC, git-annex and the Hub's cache keep files: what a link leads to has no form in its name."""
+    (tmp_path / "blob").write_text(jsonl(PAIRS))
+    (tmp_path / "pairs.jsonl").symlink_to(tmp_path / "blob")
+    output = tmp_path / "es.safetensors"
+    code, _, err = run_cli("build", "--base", base_folder, "--pairs", tmp_path / "pairs.jsonl", "-o", output, *BUILD)
+    assert code == 0, err
+    code, _, err = run_cli("eval", output, "--json", "--controls", "none")
+    assert code == 0, err
 
 
 def test_an_extended_language_is_one(tmp_path, base_folder, pairs_file):

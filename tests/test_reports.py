@@ -79,6 +79,17 @@ def test_text_from_outside_is_shown_as_text(model, tokenizer, tmp_path, monkeypa
     assert f"```text\n{text}{{source}}\n```" in card
 
 
+def test_errors_show_text_from_outside_as_text(tmp_path, model, tokenizer, base_folder):
+    patch = some_patch(tiny_llama(seed=5), 1, IDS[:3])
+    odd = patch.with_meta(base=dataclasses_replace(patch.meta.base, "\x1b]0;evil\x07"))
+    odd.save(tmp_path / "odd.safetensors")
+    for command in (["verify"], ["generate", "--prompt", "a", "--patch"]):
+        code, _, err = run_cli(*command, tmp_path / "odd.safetensors", "--base", base_folder)
+        assert code == 1
+        assert "\x1b" not in err
+        assert "\\x1b]0;evil\\x07" in err
+
+
 def dataclasses_replace(base, model_id):
     import dataclasses
 
@@ -98,16 +109,23 @@ model-index:
     dataset: {name: d, type: d}
     metrics: [{type: bleu, value: 1.0, verified: true}]
 date: 2026-11-28
+version: 1.10
+inference: false
+sha: 0123456
+title: a ---
+zero: 0
 ---
 # x
 """
     card = make_card(some_patch(model, 1, IDS[:3]), "o/r", "es.safetensors", old, base_model="a/b")
-    header = card.split("---")[1]
+    header = card.split("\n---\n")[0]
     assert "False" not in header
     assert "- 'no'" in header
     assert "verified: true" in header
     assert "2026-11-28" in header
-    assert card.split("---\n")[2].strip().startswith("# x")
+    for line in ("version: '1.10'", "inference: false", "sha: '0123456'", "title: a ---", "zero: 0"):
+        assert line in card
+    assert card.split("\n---\n")[1].strip().startswith("# x")
     again = make_card(some_patch(model, 1, IDS[:3]), "o/r", "es.safetensors", card, base_model="a/b")
     assert again == card
     patch = some_patch(model, 1, IDS[:3]).with_meta(licence="MIT\n# Not a heading")
@@ -148,7 +166,9 @@ def test_every_spelling_of_api_servers(patch_file, base_folder, tmp_path, flags)
         (["--additional-config"], "additional-config"),
         (["--additional-config.a", "1"], "as one JSON object"),
         (["--additional_config.a", "1"], "as one JSON object"),
+        (["--additional-config", "[1"], "needs a JSON object"),
         (["--api-server-count", "many"], "api-server-count"),
+        (["--api", "x"], "ambiguous option"),
     ],
 )
 def test_other_settings_are_kept_or_refused(patch_file, base_folder, flags, message):
@@ -163,6 +183,19 @@ def test_other_settings_are_kept_or_refused(patch_file, base_folder, flags, mess
         assert settings["a"] == 1
         assert settings["ksl_patch"]["max_rows"] == 3
         assert not any("additional_config" in word or word.startswith("--additional-config=") for word in command)
+
+
+def test_other_flags_of_vllm_are_passed_on_as_they_are(patch_file, base_folder):
+    flags = ["--hf-overrides.rope_theta", "1", "--default_chat_template_kwargs.enable_thinking", "false", "-dph", "-1"]
+    more = ["--lora", "--lora_modules", "o=/x", "p=/y", "--port", "1"]
+    code, out, err = run_cli("serve", base_folder, "--patch", patch_file, "--dry-run", "--json", *flags, *more)
+    assert code == 0, err
+    command = json.loads(out)["command"]
+    assert command[-len(flags) - 2 :] == [*flags, "--port", "1"]
+    where = command.index("--lora-modules")
+    assert json.loads(command[where + 1])["name"] == "p1"
+    assert command[where + 2 : where + 4] == ["o=/x", "p=/y"]
+    assert command.count("--lora-modules") == 1
 
 
 def test_a_path_may_have_an_equals_sign(patch_file, base_folder, tmp_path):
@@ -195,7 +228,7 @@ def test_a_tokenizer_with_one_more_token_is_good_enough(model, tokenizer):
     patch = some_patch(model, 1, IDS[:3], tokenizer=tokenizer)
     more = copy.deepcopy(tokenizer)
     more.add_special_tokens({"pad_token": "[PAD]"})
-    with pytest.warns(OtherVocabularyWarning, match="the tokens of p1 are the same in both"):
+    with pytest.warns(OtherVocabularyWarning, match="the tokens of p1 read the same in both"):
         patch.check(model, more)
     with attach(model, tokenizer=more) as handle, pytest.warns(OtherVocabularyWarning):
         handle.load(patch)
@@ -301,6 +334,39 @@ def test_a_checkpoint_that_lacks_weights_is_no_base(tmp_path, tokenizer):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RunError, match="no weights for model.layers.1.mlp.up_proj.weight and 1 others"):
         load_base(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{"),
+        lambda folder: (folder / "config.json").write_text("[]"),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: set_config(folder, hidden_size="abc"),
+        lambda folder: set_config(folder, hidden_size=64),
+        lambda folder: set_config(folder, hidden_act="nope"),
+        lambda folder: (folder / "tokenizer.json").write_text("[]"),
+    ],
+)
+def test_a_damaged_base_is_one_sentence(tmp_path, tokenizer, damage):
+    tiny_llama().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(RunError, match=r"^cannot load the base \S+: \S+.*$"):
+        load_base(str(tmp_path))
+
+
+def set_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("named", [["LLaMAForCausalLM"], "LlamaForCausalLM", ["LlamaForCausalLMEagle3"], None, []])
+def test_a_checkpoint_may_call_its_class_otherwise(tmp_path, tokenizer, named):
+    tiny_llama().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    set_config(tmp_path, architectures=named)
+    load_base(str(tmp_path))
 
 
 def test_a_quantised_base_is_refused_before_anything_is_computed(tmp_path, base_folder, tokenizer, pairs_file):

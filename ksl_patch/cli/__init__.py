@@ -12,6 +12,7 @@ import click
 
 from ksl_patch import __version__
 from ksl_patch.errors import KslPatchError, OtherBodyWarning, OtherVocabularyWarning
+from ksl_patch.terminal import visible
 
 _COMMANDS = (
     "add",
@@ -65,7 +66,7 @@ _others = warnings.showwarning
 def _say(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     """A warning of ours in one line, another's as ever."""
     if issubclass(category, OtherBodyWarning | OtherVocabularyWarning):
-        click.echo(f"Warning: {message}", err=True)
+        click.echo(f"Warning: {visible(str(message))}", err=True)
     else:
         _others(message, category, *where, **more)
 
@@ -91,11 +92,11 @@ def main() -> None:
     except KslPatchError as error:
         if debug:
             raise
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {visible(str(error))}", err=True)
         sys.exit(1)
     except Exception as error:
         if debug:
             raise
         reason = (str(error).strip().splitlines() or [""])[0]
-        click.echo(f"Error: {type(error).__name__}: {reason} (--debug shows where)", err=True)
+        click.echo(f"Error: {type(error).__name__}: {visible(reason)} (--debug shows where)", err=True)
         sys.exit(1)

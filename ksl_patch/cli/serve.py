@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import click
 from rich.table import Table
@@ -28,7 +28,10 @@ _CACHED = 1000
 _ROWS = 64
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+# Without -h, which click would find in vLLM's own -dph.
+@click.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["--help"]}
+)
 @click.argument("base", required=False)
 @click.option(
     "--patch",
@@ -112,8 +115,9 @@ def serve(
     if base is None:
         raise click.UsageError("name a BASE, or a --config that does.")
     looks_up = bool(folders or orgs)  # names that a request brings
-    changing, (api_keys, api_servers, given, flags) = looks_up or allow_runtime_patches, _read_flags(flags)
-    check_flags(runtime=allow_runtime_patches, changing=changing, api_keys=api_keys, api_servers=api_servers)
+    changing, of_vllm = looks_up or allow_runtime_patches, _read_flags(flags)
+    api_servers, given = of_vllm.api_servers, of_vllm.additional
+    check_flags(runtime=allow_runtime_patches, changing=changing, api_keys=of_vllm.api_keys, api_servers=api_servers)
     served = _read(patches, key)
     most = max((count for *_, count in served), default=0)
     if max_rows is not None and most > max_rows:
@@ -138,8 +142,9 @@ def serve(
     if changing and api_servers is None:
         command += ["--api-server-count", "1"]
     command += ["--additional-config", json.dumps(given)]
+    modules += of_vllm.lora  # vLLM takes the last of several lists
     command += ["--lora-modules", *modules] if modules else []
-    command += flags
+    command += of_vllm.rest
     environment = {"VLLM_PLUGINS": _plugins()} | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if looks_up else {})
     if dry_run:
         if as_json:
@@ -209,28 +214,40 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
     return served
 
 
-def _read_flags(flags: list[str]) -> tuple[list[str], int | None, dict[str, Any], list[str]]:
-    """Of vLLM's flags the API keys, the number of API servers, and --additional-config, which is taken out of them.
+class _Flags(NamedTuple):
+    """vLLM's flags that matter here; additional and lora are taken out of the rest."""
 
-    In the spellings that vLLM's own parser takes, which has the last word where it is at hand (`vllm.launch`).
-    """
+    api_keys: list[str]
+    api_servers: int | None
+    additional: dict[str, Any]
+    lora: list[str]
+    rest: list[str]
+
+
+def _read_flags(flags: list[str]) -> _Flags:
+    """In the spellings that vLLM's own parser takes, which has the last word where it is at hand (`vllm.launch`)."""
     plain = []
     for flag in flags:
         name, equals, value = flag.partition("=")
-        plain.append((name.replace("_", "-") if name.startswith("--") else name) + equals + value)
+        dashed = name.replace("_", "-") if name.startswith("--") else name
+        ours = any(dashed.startswith(each) for each in ("--api-", "--additional-", "--lora-modules"))
+        plain.append(dashed + equals + value if ours else flag)
     if any(flag.startswith("--additional-config.") for flag in plain):
         raise RunError("give --additional-config as one JSON object, which this adds its own settings to.")
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--api-key", nargs="*")
-    parser.add_argument("--api-server-count", "-asc", type=int)
-    config = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    config.add_argument("--additional-config", type=_json_object, default={})
-    try:
-        found, _ = parser.parse_known_args(plain)
-        taken, rest = config.parse_known_args(plain)
-    except (argparse.ArgumentError, ValueError) as error:
-        raise RunError(f"{error}.") from error
-    return list(filter(None, found.api_key or [])), found.api_server_count, dict(taken.additional_config), rest
+    read, take = _Parser(add_help=False), _Parser(add_help=False)
+    read.add_argument("--api-key", nargs="*")
+    read.add_argument("--api-server-count", "-asc", type=int)
+    take.add_argument("--additional-config", type=_json_object, default={})
+    take.add_argument("--lora-modules", nargs="*", action="extend", default=[])
+    found, _ = read.parse_known_args(plain)
+    taken, rest = take.parse_known_args(plain)
+    given = _Flags(found.api_key or [], found.api_server_count, dict(taken.additional_config), taken.lora_modules, rest)
+    return given
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RunError(f"{message}.")
 
 
 def _json_object(text: str) -> dict[str, Any]:

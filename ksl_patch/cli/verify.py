@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from ksl_patch.terminal import visible
+
 
 @click.command()
 @click.argument("reference", metavar="P")
@@ -58,6 +60,6 @@ def verify(reference: str, base: str | None, revision: str | None, key: Path | N
                 f"have {row['smallest']:.3g} to {row['largest']:.3g}: a stronger control than any text is."
             )
     else:
-        click.echo(f"Error: {reason}", err=True)
+        click.echo(f"Error: {visible(str(reason))}", err=True)
     if reason is not None:
         raise click.exceptions.Exit(1)

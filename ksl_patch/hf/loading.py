@@ -29,11 +29,14 @@ def load_base(
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             base, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except RunError:
+        raise
+    except (
+        Exception
+    ) as error:  # transformers and what it builds on raise of every kind, for a file that is damaged, say
         if os.path.sep in base and not os.path.isdir(base) and not _looks_like_hub_id(base):  # noqa: PTH112
             raise RunError(f"cannot load the base: there is no folder {base}.") from error
-        reason = str(error).strip().splitlines()
-        raise RunError(f"cannot load the base {base}: {reason[0] if reason else type(error).__name__}") from error
+        raise RunError(f"cannot load the base {base}: {_reason(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise RunError(
             f"{base} has no weights for {missing[0]}{f' and {len(missing) - 1} others' if len(missing) > 1 else ''}, "
@@ -49,11 +52,14 @@ def load_tokenizer(folder: str) -> Any:
 
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        raise RunError(
-            f"cannot load the tokenizer in {folder}: {reason[0] if reason else type(error).__name__}"
-        ) from error
+    except Exception as error:
+        raise RunError(f"cannot load the tokenizer in {folder}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    plain = isinstance(error, OSError | ValueError | ImportError) and lines
+    return lines[0] if plain else f"{type(error).__name__} {lines[0] if lines else ''}".strip()
 
 
 def _no_causal_model(base: str, revision: str | None) -> str | None:
@@ -63,14 +69,18 @@ def _no_causal_model(base: str, revision: str | None) -> str | None:
 
     try:
         config = transformers.AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
-    except OSError:  # an adapter's folder, or nothing, which the model's own loading says
+    except (OSError, ValueError):  # an adapter's folder, or nothing, which the model's own loading says
         return None
     if getattr(config, "is_encoder_decoder", False):
         return f"an encoder-decoder ({config.model_type})"
     mappings = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    known = {name for mapping in mappings for name in mapping.values()}
-    others = [name for name in config.architectures or () if name not in known and not name.endswith("Model")]
-    return f"a {others[0]}" if others and len(others) == len(config.architectures) else None
+    causal = {name.casefold() for mapping in mappings for name in mapping.values()}
+    classes = {name.casefold() for name in dir(transformers)}
+    named = config.architectures or ()
+    names = [named] if isinstance(named, str) else [str(name) for name in named]
+    # What transformers does not know is left to the weights.
+    others = [name for name in names if name.casefold() in classes - causal and not name.endswith("Model")]
+    return f"a {others[0]}" if others and len(others) == len(names) else None
 
 
 def _looks_like_hub_id(base: str) -> bool:

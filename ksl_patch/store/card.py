@@ -45,35 +45,43 @@ def make_card(patch: Patch, repo: str, file: str, old: str | None, *, base_model
         text = before + section + (after if closed else f"\n{rest}")
     else:
         text = f"{text}\n\n{section}"
-    header = ModelCardData(**{key: value for key, value in data.items() if value}).to_yaml()
+    try:
+        header = ModelCardData(**{key: value for key, value in data.items() if value not in (None, [])}).to_yaml()
+    except (ValueError, TypeError, KeyError) as error:
+        raise HubError(f"the card of {repo} cannot be written again ({error}): mend its metadata first.") from error
     return f"---\n{header}\n---\n\n{text.strip()}\n"
 
 
 def _parts(card: str, repo: str) -> tuple[dict[str, Any], str]:
-    """A card's metadata and its text. Only true and false are truth values in it: `no` is a language."""
+    """A card's metadata and its text. What YAML 1.1 would change, as the language `no` or 1.10, stays."""
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         pass
 
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, rule) for tag, rule in resolvers if tag not in (_BOOL, _DATE)]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    plain = {
+        "tag:yaml.org,2002:bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+        "tag:yaml.org,2002:int": ("-?(0|[1-9][0-9]*)", "-0123456789"),
+        "tag:yaml.org,2002:float": (r"-?(0|[1-9][0-9]*)\.([0-9]*[1-9]|0)", "-0123456789"),
+        "tag:yaml.org,2002:null": ("~|null|Null|NULL|", ["~", "n", "N", ""]),
+        "tag:yaml.org,2002:merge": ("<<", "<"),
     }
-    Loader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
-    found = re.match(r"\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n?---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
+    Loader.yaml_implicit_resolvers = {}
+    for tag, (rule, first) in plain.items():
+        Loader.add_implicit_resolver(tag, re.compile(f"(?:{rule})$"), list(first))
+    found = re.match(r"\ufeff?\s*---[ \t]*\r?\n((?:.*?\n)?)---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
     if not found:
         return {}, card
     try:
         data = yaml.load(found[1], Loader) or {}  # a safe one
     except (yaml.YAMLError, ValueError) as error:
-        raise HubError(f"the card of {repo} cannot be read ({error}): mend its metadata first.") from error
+        reason = " ".join(str(error).split())
+        raise HubError(f"the card of {repo} cannot be read ({reason}): mend its metadata first.") from error
     if not isinstance(data, dict):
         raise HubError(f"the card of {repo} cannot be read (its metadata is no mapping): mend it first.")
-    return data, card[found.end() :]
+    return {str(key): value for key, value in data.items()}, card[found.end() :]
 
 
-_BOOL, _DATE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
 _WHAT = """An *embedding patch* replaces a handful of rows of a language model's embedding table. It is data, no code,
 and one model in memory serves any number of patches, another one for each request (`pip install ksl-patch`)."""
 

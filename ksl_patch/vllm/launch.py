@@ -52,6 +52,8 @@ def _check(args: Any) -> None:
         raise RunError(f"--model names another base ({args.model_tag}) than {sys.argv[2]}: leave it out.")
     if KEY not in (args.additional_config or {}):
         raise RunError("give --additional-config as one JSON object, which `ksl-patch serve` adds its settings to.")
+    if not args.enable_lora:
+        raise RunError("--no-enable-lora leaves no patches: leave it out.")
     settings = read_settings(args.additional_config)
     changing = settings.runtime or bool(settings.folders or settings.orgs)
     keys, servers = args.api_key or (), args.api_server_count
