@@ -8,9 +8,7 @@ import json
 import lzma
 
 import pytest
-import zstandard
 from conftest import PAIRS, run_cli
-from pyarrow import Table, parquet
 
 from ksl_patch import Patch
 from ksl_patch.errors import DataError
@@ -37,6 +35,9 @@ def comma(pairs, names=("source", "target")):
 
 
 def test_every_form_of_a_file_gives_the_same_pairs(tmp_path):
+    import zstandard
+    from pyarrow import Table, parquet
+
     def path(name, content):
         file = tmp_path / name
         file.write_bytes(content)
@@ -249,6 +250,8 @@ def test_aligned_files_with_signs_that_look_like_line_ends(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
 def test_a_packed_file_that_ends_early_or_is_none(tmp_path, suffix):
+    import zstandard
+
     text = jsonl([Pair(f"a{i}", f"b{i * i}") for i in range(5000)]).encode()
     packed = {"gz": gzip, "bz2": bz2, "xz": lzma, "zst": zstandard}[suffix].compress(text)
     file = tmp_path / f"p.jsonl.{suffix}"
