@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import run_cli, tiny_llama
+from conftest import PAIRS, run_cli, tiny_llama
 from peft import TrainableTokensConfig
 from test_hf import IDS, some_patch
 from test_interop import adapter
@@ -262,6 +262,28 @@ def test_tokens_that_a_table_has_not(tokenizer, tmp_path):
     assert together[0].token_ids == alone[0].token_ids  # padded with a token of the table
     with pytest.raises(RunError, match=rf"gives token {len(tokenizer)}, and the base's table has"):
         generate(model, more, [[5, len(tokenizer)]], [None])
+
+
+@pytest.mark.parametrize("kind", ["train", "held-out"])
+def test_a_build_with_a_tokenizer_of_more_tokens_than_rows(tokenizer, tmp_path, kind):
+    """Wherever such a token is: nothing is read past the table, at training or at its figures."""
+    model, more = tiny_llama(vocab_size=len(tokenizer)), copy.deepcopy(tokenizer)
+    more.add_tokens(["zzz"])
+    base, pairs = tmp_path / "base", tmp_path / "pairs.tsv"
+    model.save_pretrained(base)
+    more.save_pretrained(base)
+    sentences = [(f"{s} zzz" if kind == "train" else s, t) for s, t in PAIRS]
+    pairs.write_text("".join(f"{s}\t{t}\n" for s, t in sentences))
+    sizes = ["--embed-steps", 2, "--steps", 2, "--top-k", 3, "--dev", 8, "--held-out", 8]
+    output = tmp_path / "es.safetensors"
+    code, _, err = run_cli("build", "--base", base, "--pairs", pairs, "--language", "es", "-o", output, *sizes)
+    if kind == "held-out":
+        assert code == 0, err
+        test = tmp_path / "test.tsv"
+        test.write_text("A zzz.\tUn zzz.\nAnother zzz.\tOtro zzz.\n")
+        code, _, err = run_cli("eval", output, "--test", test, "--controls", "none", "--no-save")
+    assert code == 1
+    assert f"gives token {len(tokenizer)}, and the base's table has {len(tokenizer)} rows" in err
 
 
 def test_an_adapter_s_own_tokenizer_names_its_tokens(tokenizer, tmp_path):

@@ -53,6 +53,7 @@ from ksl_patch.train.data import (
     Encoded,
     Example,
     Pair,
+    check_ids,
     data_digest,
     encode,
     language_name,
@@ -648,6 +649,7 @@ class Build:
         """Pairs as token ids in a template, the build's own by default. Raises RunError when all are too long."""
         end = end_token_id(self.model, self.tokenizer)
         encoded = encode(template or self.template, pairs, self.tokenizer, end, self.config.max_length)
+        check_ids((e.prompt + e.answer for e in encoded.examples), self.base.vocab_size)
         dropped = len(pairs) - len(encoded)
         if not len(encoded):
             raise RunError(f"every {what} pair is longer than {self.config.max_length} tokens; raise --max-length.")

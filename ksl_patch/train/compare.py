@@ -15,7 +15,7 @@ from ksl_patch.evidence import CONTROLS, Evaluation, Occurrence, Sample, SystemS
 from ksl_patch.hf import end_token_id
 from ksl_patch.patch import Patch
 from ksl_patch.train.build import Build
-from ksl_patch.train.data import Encoded, Pair, distinct, encode, seen, source_tokens
+from ksl_patch.train.data import Encoded, Pair, check_ids, distinct, encode, seen, source_tokens
 from ksl_patch.train.evaluate import Cache, Outputs, Scorer, run, token_limit
 from ksl_patch.train.progress import Reporter
 
@@ -292,4 +292,6 @@ def encode_test(
         return build.encode(kept, "test")
     if patch.meta.template is None:
         raise RunError("the patch names no prompt template, so there is nothing to put the sentences into.")
-    return encode(patch.meta.template, kept, tokenizer, end_token_id(model, tokenizer), 2**20)
+    encoded = encode(patch.meta.template, kept, tokenizer, end_token_id(model, tokenizer), 2**20)
+    check_ids((e.prompt + e.answer for e in encoded.examples), patch.meta.base.vocab_size)
+    return encoded

@@ -363,12 +363,18 @@ def token_counts(examples: Iterable[Example], vocab_size: int, *, prompt_only: b
     # The last token is only ever predicted.
     inputs = ([*e.prompt, *(() if prompt_only else e.answer[:-1])] for e in examples)
     counts = np.bincount(np.fromiter(chain.from_iterable(inputs), dtype=np.int64), minlength=vocab_size)
-    if len(counts) > vocab_size:
-        raise DataError(
-            f"the tokenizer gives token {len(counts) - 1}, and the base's table has {vocab_size} rows: the tokenizer "
-            "is not this base's."
-        )
+    check_ids([[len(counts) - 1]], vocab_size)
     return counts
+
+
+def check_ids(sequences: Iterable[Iterable[int]], vocab_size: int) -> None:
+    """Raise DataError for a token id that a table of so many rows has not."""
+    largest = max(chain.from_iterable(sequences), default=0)
+    if largest >= vocab_size:
+        raise DataError(
+            f"the tokenizer gives token {largest}, and the base's table has {vocab_size} rows: the tokenizer is not "
+            "this base's."
+        )
 
 
 def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
