@@ -123,6 +123,33 @@ def test_what_could_be_read_in_the_wrong_direction_is_refused(tmp_path, name, co
             read_pairs(str(file), columns, reading=reading)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "Fenêtre,Ventana\n".encode("cp1252"), "line 1: cannot be read as UTF-8 text: save it as UTF-8"),
+        (
+            "p.json",
+            b'{\n "data": [\n  {"source": "a", "target": "b"}\n ]\n}\n',
+            r"one object \(data\): expected an array",
+        ),
+        ("p.csv", b"Nr.,Satz,Phrase\n1,a,b\n", "found 3 fields .--columns names two of more"),
+    ],
+)
+def test_messages_say_what_to_do(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_pairs(str(tmp_path / name))
+
+
+def test_columns_that_contradict_the_languages_are_refused(tmp_path):
+    file = tmp_path / "p.csv"
+    file.write_text("de,en,ru\na,b,c\n")
+    assert read_pairs(str(file), Columns("en", "ru"), languages=("en", "ru")) == [Pair("b", "c")]
+    for columns, languages in ((("de", "en"), ("en", "de")), (("de", "ru"), ("en", "ru"))):
+        with pytest.raises(DataError, match="the columns are de and .*, and the pairs are to be from en to"):
+            read_pairs(str(file), columns, languages=languages)
+
+
 def test_two_files_of_lines_are_told_apart_by_their_names(tmp_path):
     en, es, fr, plain = (tmp_path / name for name in ("train.en", "train.es", "train.fr", "b.source"))
     en.write_text("Hello\n\nYes\n")
@@ -179,7 +206,9 @@ def test_lines_that_are_no_pairs_are_counted_and_the_first_ten_shown(tmp_path):
         ("p.tsv", "Hello\tHola\rmundo\nYes\tSí\r\n", [Pair("Hello", "Hola\rmundo"), Pair("Yes", "Sí")]),
         ("p.tsv", '"He said ""hi"""\tHola\n"Yes"\t"Sí"\n', [Pair('He said "hi"', "Hola"), Pair('"Yes"', '"Sí"')]),
         ("p.csv", "source;target\nHello, world;Hola, mundo\n", [Pair("Hello, world", "Hola, mundo")]),
-        ("p.csv", "no,no\nsun,sol\n", [Pair("no", "no"), Pair("sun", "sol")]),
+        ("p.csv", "A, b.;C\nD, e.;F, g, h\nI;J\n", [Pair("A, b.", "C"), Pair("D, e.", "F, g, h"), Pair("I", "J")]),
+        ("p.csv", "sep=;\nES;EN\nHola;Hello\n", [Pair("Hello", "Hola")]),
+        ("p.csv", "no,ya\nsun,sol\n", [Pair("no", "ya"), Pair("sun", "sol")]),
         ("p.csv", "French,Francés\nThai,Tailandés\n", [Pair("French", "Francés"), Pair("Thai", "Tailandés")]),
         ("p.jsonl", '{"source": "wiki", "translation": {"en": "a", "es": "b"}}\n', [Pair("a", "b")]),
     ],
@@ -199,6 +228,11 @@ def test_files_as_other_tools_write_them(tmp_path, name, content, read):
         ("sentence1\tsentence2\na\tb\n", ("en", "sw"), "look like names"),
         ("sentence_eng_Latn\tsentence_swh_Latn\na\tb\n", ("en", "sw"), "look like names"),
         ("en\tzh-Hans\na\tb\n", ("en", "zh-Hant"), "look like names"),
+        ("Englisch\tSuaheli\na\tb\n", ("en", "sw"), "look like names"),
+        ("Anglais\tAllemand\na\tb\n", ("en", "de"), "look like names"),
+        ("Английский\tНемецкий\na\tb\n", ("en", "de"), "look like names"),
+        ("Quelltext\tZieltext\na\tb\n", ("en", "de"), "look like names"),
+        ("a\ta\nb\tb\n", ("en", "de"), "source and target are the same"),
         ("en\tsr-Cyrl\na\tb\n", ("en", "sr-Latn"), "look like names"),
         ("en\tpt_PT\na\tb\n", ("en", "pt-BR"), "look like names"),
         ("en\tzh_TW\na\tb\n", ("en", "zh-Hans"), "look like names"),
@@ -226,13 +260,15 @@ def test_what_nobody_asked_for_is_not_taken(tmp_path, content, languages, messag
         (("en", "nb"), ("en", "no"), False),
         (("zh_TW", "en"), ("en", "zh-Hant"), True),
         (("en", "es"), (None, "es"), False),
+        (("es.txt", "en.txt"), EN_ES, True),
         (("es", "en"), (None, "es"), True),
     ],
 )
 def test_names_of_aligned_files(tmp_path, ends, languages, swapped):
-    for end, text in zip(ends, ("one", "two"), strict=True):
-        (tmp_path / f"t.{end}").write_text(f"{text}\n")
-    pair = read_pairs([str(tmp_path / f"t.{end}") for end in ends], languages=languages)[0]
+    files = [tmp_path / (end if end.endswith(".txt") else f"t.{end}") for end in ends]  # "es.txt" has no name but that
+    for file, text in zip(files, ("one", "two"), strict=True):
+        file.write_text(f"{text}\n")
+    pair = read_pairs(list(map(str, files)), languages=languages)[0]
     assert pair == (Pair("two", "one") if swapped else Pair("one", "two"))
 
 
@@ -270,6 +306,10 @@ def test_a_quote_that_nobody_closes_does_not_swallow_the_rest(tmp_path):
     reading = Reading()
     assert len(read_pairs(str(file), reading=reading)) == 202
     assert "line 2: not valid CSV" in reading.first[0]
+    file.write_text(f'Hello,Hola\nA,"B, never closed\nYes,"Sí"\n{rest}')
+    reading = Reading()
+    assert len(read_pairs(str(file), reading=reading)) == 202  # what is behind it is not lost
+    assert reading.wrong == 1
     file.write_text(f'Hello,Hola\n"Yes,Sí\n{rest}')
     with pytest.raises(DataError, match="line 2: a quote begins there that ends in line 202, if at all"):
         read_pairs(str(file), reading=Reading())
@@ -372,6 +412,16 @@ def test_pairs_behind_a_link_are_found_again(tmp_path, base_folder):
     assert code == 0, err
     code, _, err = run_cli("eval", output, "--json", "--controls", "none")
     assert code == 0, err
+
+
+def test_a_build_says_that_the_targets_look_like_another_language(tmp_path, base_folder, pairs_file):
+    command = ["build", "--base", base_folder, "--pairs", pairs_file, "-o", tmp_path / "p.safetensors", *BUILD]
+    for language, said in (("de", True), ("es", False)):
+        code, out, err = run_cli(*command, "--force", "--language", language)
+        assert code == 0, err
+        notes = {event["event"]: event for event in map(json.loads, out.splitlines())}
+        assert ("language" in notes) is said
+        assert not said or notes["language"]["message"].endswith("for German: is --language right?")
 
 
 def test_an_extended_language_is_one(tmp_path, base_folder, pairs_file):

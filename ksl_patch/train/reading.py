@@ -11,7 +11,9 @@ import json
 import lzma
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -26,7 +28,8 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (code
 # What files call their columns, beside languages: as a first line, hardly a pair.
 _SOURCES = frozenset(["source", "src", "prompt", "input", "query", "question", "original"])
 _TARGETS = frozenset(["target", "tgt", "trg", "completion", "output", "response", "answer", "translation", "reference"])
-_NAMES = _SOURCES | _TARGETS | frozenset(["text", "sentence", "sent", "mt", "ref", "id"])
+_NAMES = _SOURCES | _TARGETS | {"text", "texte", "texto", "sentence", "sent", "mt", "ref", "id", "quelle", "quelltext"}
+_NAMES |= {"ausgangstext", "ziel", "zieltext", "origen", "destino", "fuente", "cible", "traduction"}
 _QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
 _LONGEST_ROW = 100  # lines: a quote that nobody closes makes one row of the rest of a file
 csv.field_size_limit(1 << 27)
@@ -79,7 +82,7 @@ def read_pairs(
     where: str | Sequence[str],
     columns: Columns | tuple[str, str] = Columns(),  # noqa: B008 - immutable
     *,
-    languages: Languages = (None, None),
+    languages: Languages | None = None,
     limit: int | None = None,
     reading: Reading | None = None,
 ) -> list[Pair]:
@@ -98,8 +101,14 @@ def read_pairs(
     """
     places = [where] if isinstance(where, str) else list(where)
     columns = columns if isinstance(columns, Columns) else Columns(*columns)
+    languages = languages or (None, None)
     reading = reading or Reading(strict=True)
     named, pairs, what = _Named(columns, languages), [], ", ".join(places)
+    if not columns.by_default and any(map(_says_no, columns[:2], languages)):
+        raise DataError(
+            f"the columns are {columns.source} and {columns.target}, and the pairs are to be from {languages[0]} to "
+            f"{languages[1]}: --columns names the source first."
+        )
     try:
         for place, record in _records(places, columns, languages, limit):
             try:
@@ -108,8 +117,8 @@ def read_pairs(
                 pairs.append(named.pair(record, place))
             except DataError as error:
                 reading.leave_out(error)
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{what}: cannot be read as UTF-8 text ({error}).") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{what}: cannot be read ({error}).") from error
     if not pairs or reading.wrong > len(pairs):
         count = (
             f"{reading.wrong:,} lines are no pairs, and {len(pairs):,} are" if pairs else "there are no sentence pairs"
@@ -121,6 +130,8 @@ def read_pairs(
     for side, texts in (("source", [p.source for p in pairs]), ("target", [p.target for p in pairs])):
         if 2 * sum(text.isdecimal() for text in texts) > len(texts):
             raise DataError(f"{what}: what was taken for the {side} is numbers: name the columns with --columns.")
+    if 2 * sum(pair.source == pair.target for pair in pairs) > len(pairs):
+        raise DataError(f"{what}: of most pairs, source and target are the same: name the columns with --columns.")
     reading.messages = named.messages
     return pairs
 
@@ -239,7 +250,8 @@ def _turns(messages: list[Any], place: str) -> dict[str, Any]:
     """The two turns of a chat as source and target."""
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     if roles != ["user", "assistant"]:
-        raise DataError(f"{place}: expected messages of a user and an assistant, found {roles}.")
+        more = ": give a system message that all have with --system" if roles[:1] == ["system"] else ""
+        raise DataError(f"{place}: expected messages of a user and an assistant, found {roles}{more}.")
     return {"source": messages[0].get("content"), "target": messages[1].get("content")}
 
 
@@ -302,8 +314,8 @@ def _is_lines(path: Path) -> bool:
         return False
     try:
         return _form(path) is None or "\t" not in _text(path).partition("\n")[0]
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from error
 
 
 def _text(path: Path) -> str:
@@ -315,7 +327,14 @@ def _text(path: Path) -> str:
         except ValueError as error:  # bz2's
             raise EOFError(str(error)) from error
     encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
-    return content.decode(encoding)
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path}, line {line}: cannot be read as UTF-8 text: save it as UTF-8 (of Excel's forms, CSV UTF-8), or "
+            f"convert it, as in `iconv -f cp1252 -t utf-8 {path.name}`."
+        ) from error
 
 
 def _lines(path: Path) -> list[str]:
@@ -327,7 +346,8 @@ def _read_one(where: str, columns: Columns, languages: Languages, limit: int | N
     path = Path(where)
     form = _form(path)
     if not path.is_file():
-        if form is not None or path.suffix.lower() in _UNPACK:
+        local = path.is_absolute() or (len(path.parts) > 1 and path.parent.is_dir() and not path.exists())
+        if form is not None or path.suffix.lower() in _UNPACK or (local and not path.is_dir() and ":" not in where):
             raise DataError(f"{where}: no such file.")
         return _read_dataset(where, limit)
     if form is None:
@@ -352,6 +372,13 @@ def _read_json(path: Path) -> Iterator[_Record]:
             raise DataError(f"{path}: not valid JSON ({error}).") from error
         yield from ((f"{path}, item {number}", record) for number, record in enumerate(records, start=1))
         return
+    if first.strip() == "{" or path.suffix.lower() == ".json":
+        whole = None
+        with suppress(ValueError, RecursionError):
+            whole = json.loads("\n".join(lines))
+        if isinstance(whole, dict) and "\n" in "\n".join(lines).strip():
+            names = ", ".join(map(str, whole))
+            raise DataError(f"{path}: one object ({names}): expected an array, or an object a line.")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -374,26 +401,43 @@ def _tsv(path: Path) -> Iterator[_Row]:
 
 
 def _csv(path: Path) -> Iterator[_Row]:
-    text = _text(path)
-    first = text.lstrip().partition("\n")[0]
-    separator = "," if "," in first else ";" if ";" in first else "\t" if "\t" in first else ","
-    name = {",": "comma", ";": "semicolon", "\t": "tab"}[separator]
-    rows, begin = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), 1
-    while True:
-        fields: list[str] | _Wrong
-        try:
-            fields = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            fields = _Wrong(f"not valid CSV ({error}).")
-        end = max(begin, rows.line_num)
-        if end - begin >= _LONGEST_ROW:
-            raise DataError(f"{path}, line {begin}: a quote begins there that ends in line {end}, if at all.")
-        place = f"{path}, line {begin}" if begin == end else f"{path}, lines {begin} to {end}"
-        begin = end + 1
-        if fields:
-            yield place, fields, name
+    """Rows of a table. A row with a wrong quote is one line; those behind it are read as ever."""
+    lines, first = io.StringIO(_text(path), newline="").readlines(), 0
+    if lines and (excel := re.fullmatch(r'"?sep=(.)"?\s*', lines[0])):
+        separator, first = excel[1], 1
+    else:
+        separator = _separator(lines)
+    name = {",": "comma", ";": "semicolon", "\t": "tab"}.get(separator, repr(separator))
+    while first < len(lines):
+        rows, done, fields = csv.reader(lines[first:], delimiter=separator, strict=True), 0, None
+        for _ in lines:
+            begin, reason = first + done + 1, None
+            try:
+                fields = next(rows, None)
+            except csv.Error as error:
+                reason = f"not valid CSV ({error})."
+            end, done = first + rows.line_num, rows.line_num
+            if end - begin >= _LONGEST_ROW:
+                raise DataError(f"{path}, line {begin}: a quote begins there that ends in line {end}, if at all.")
+            if reason is not None:
+                yield f"{path}, line {begin}", _Wrong(reason), name
+                break
+            if fields is None:
+                return
+            if fields:
+                yield f"{path}, line {begin}" if begin == end else f"{path}, lines {begin} to {end}", fields, name
+        first = begin
+
+
+def _separator(lines: list[str]) -> str:
+    """The sign that cuts most of the lines into equally many fields, two or more."""
+    best, found = 0, ","
+    for separator in ",;\t":
+        counts = Counter(len(row) for row in csv.reader(lines[:10_000], delimiter=separator) if row)
+        most = max((count for size, count in counts.items() if size > 1), default=0)
+        if most > best:
+            best, found = most, separator
+    return found
 
 
 def _under_names(path: Path, columns: Columns, languages: Languages, rows: Iterator[_Row]) -> Iterator[_Record]:
@@ -412,7 +456,7 @@ def _under_names(path: Path, columns: Columns, languages: Languages, rows: Itera
             if columns != Columns():
                 expected = ", ".join(map(repr, columns.names))
                 raise DataError(f"{place}: expected a line with the columns' names {expected}, found {fields}.")
-            if len(fields) > 1 and len(set(fields)) == len(fields) and all(map(_names_a_column, fields)):
+            if len(fields) > 1 and _are_names(fields):
                 raise DataError(
                     f"{place}: {', '.join(fields)} look like names of columns: say which has the source and which the "
                     "target with --columns, or write a line with source and target before it."
@@ -420,25 +464,36 @@ def _under_names(path: Path, columns: Columns, languages: Languages, rows: Itera
         if len(fields) == len(names):
             yield place, dict(zip(names, fields, strict=True))
         else:
-            what = f"source, {separator}, target" if names == ["source", "target"] else f"{len(names)} fields"
-            yield place, _Wrong(f"expected {what}; found {len(fields)} fields.")
+            positional = names == ["source", "target"]
+            what = f"source, {separator}, target" if positional else f"{len(names)} fields"
+            more = (
+                " (--columns names two of more, under a first line of names)" if positional and len(fields) > 2 else ""
+            )
+            yield place, _Wrong(f"expected {what}; found {len(fields)} fields{more}.")
 
 
-def _names_a_column(text: str) -> bool:
-    """Whether a text reads as a column's name: "src", "en", "text_en", "English", and no sentence."""
+def _are_names(fields: list[str]) -> bool:
+    """Whether a first line reads as names of columns, as "src", "text_en" or "English", and as no pair of sentences."""
+    named = [_named(text) for text in fields]
+    # "French" and "Francés" are a pair.
+    return None not in named and len(set(named)) == len(named)
+
+
+def _named(text: str) -> str | None:
+    """What a text names as a column does: a side, or a language; None for a sentence."""
     import langcodes
 
-    word = text.strip()
-    parts = [part for part in re.split(r"[_\s-]+", word.casefold()) if part]
+    word = text.strip().casefold()
+    parts = [part for part in re.split(r"[_\W]+", word) if part]
     rest = [part for part in parts if part.rstrip("0123456789") not in _NAMES]
     if not rest:
-        return bool(parts)
+        return word or None
     if _is_tag("-".join(rest)) and (len(rest) > 1 or len(rest[0]) == 2 or len(rest) < len(parts)):
-        return True
+        return "-".join(rest)
     try:
-        return word.isalpha() and bool(langcodes.find(word, "en").language)
+        return str(langcodes.find(rest[0]).language) if rest[0].isalpha() and len(rest) < 3 else None
     except LookupError:
-        return False
+        return None
 
 
 def _read_aligned(paths: list[Path], languages: Languages) -> Iterator[_Record]:
@@ -490,10 +545,14 @@ def _says(end: str, language: str | None) -> bool | None:
     return False if (len(end) == 2 or re.search("[-_]", end)) and _is_tag(end) else None
 
 
+def _says_no(end: str, language: str | None) -> bool:
+    return _says(end, language) is False
+
+
 def _end(path: Path) -> str:
     name = path.with_suffix("") if path.suffix.lower() in _UNPACK else path
     name = name.with_suffix("") if name.suffix.lower() == ".txt" else name
-    return name.suffix.removeprefix(".")
+    return name.suffix.removeprefix(".") or name.name
 
 
 def _read_parquet(path: Path) -> Iterator[_Record]:
