@@ -7,23 +7,28 @@ from pathlib import Path
 
 import click
 
+from ksl_patch.cli.options import check_free
+
 
 @click.command()
 @click.argument("files", metavar="P...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--name", metavar="NAME", help="The name it is to have; by default its own. For one file.")
+@click.option("--force", is_flag=True, help="Move a name that is of a patch of another base or language.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each.")
-def add(files: tuple[Path, ...], name: str | None, as_json: bool) -> None:
+def add(files: tuple[Path, ...], name: str | None, force: bool, as_json: bool) -> None:
     """Put patch files, with their signatures, into the local store, where commands find them by name or digest."""
     if name is not None and len(files) > 1:
         raise click.UsageError("--name is for one file.")
     from ksl_patch.patch import Patch
     from ksl_patch.store.local import Store
 
+    store = Store()
     patches = [Patch.load(file) for file in files]
-    for patch, file in zip(patches, files, strict=True):
+    were = [check_free(store, name or patch.meta.name, patch, force) for patch in patches]
+    for patch, file, was in zip(patches, files, were, strict=True):
         own = name or patch.meta.name
-        path = Store().add(patch, own, source=file)
+        path = store.add(patch, own, source=file)
         if as_json:
             click.echo(json.dumps({"name": own, "digest": patch.digest, "path": str(path)}))
         else:
-            click.echo(f"{own}: {patch.digest}")
+            click.echo(f"{own}: {patch.digest}{was}")

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import click
 
+from ksl_patch.cli.options import check_free
+
 
 @click.command()
 @click.argument("reference", metavar="ORG/REPO[@REV][/FILE]")
 @click.option("--name", metavar="NAME", help="The name it is to have; by default its own.")
 @click.option("--key", type=click.Path(path_type=Path), help="Refuse it unless it is signed with this public key.")
+@click.option("--force", is_flag=True, help="Move a name that is of a patch of another base or language.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def pull(reference: str, name: str | None, key: Path | None, as_json: bool) -> None:
+def pull(reference: str, name: str | None, key: Path | None, force: bool, as_json: bool) -> None:
     """Fetch a patch, and its signature where it has one, from the Hugging Face Hub into the local store.
 
     FILE may be left out where the repository has one patch. For a private repository sign in with `hf auth login`, or
@@ -27,8 +30,10 @@ def pull(reference: str, name: str | None, key: Path | None, as_json: bool) -> N
     fetched = fetch(reference)
     patch = Patch.load(fetched.path) if key is None else load_signed(fetched.path, PublicKey.load(key))
     own, found = name or patch.meta.name, str(fetched.reference)
-    path = Store().add(patch, own, source=fetched.path)
+    store = Store()
+    was = check_free(store, own, patch, force)
+    path = store.add(patch, own, source=fetched.path)
     if as_json:
         click.echo(json.dumps({"name": own, "digest": patch.digest, "path": str(path), "reference": found}))
     else:
-        click.echo(f"{own}: {patch.digest}, from {found}")
+        click.echo(f"{own}: {patch.digest}{was}, from {found}")

@@ -20,6 +20,7 @@ def load_base(
     """
     import transformers
 
+    device = _device(device)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -42,8 +43,20 @@ def load_base(
             f"{base} has no weights for {missing[0]}{f' and {len(missing) - 1} others' if len(missing) > 1 else ''}, "
             "which would be random ones: give a whole causal language model."
         )
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device)
     return model.eval(), tokenizer
+
+
+def _device(name: str | None) -> str:
+    """A device that is there. Raises RunError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RunError(
+            f"there is no device {name!r} here: use cpu, cuda, cuda:N or mps, as this machine has it."
+        ) from error
+    return name
 
 
 def load_tokenizer(folder: str) -> Any:

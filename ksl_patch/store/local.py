@@ -94,11 +94,26 @@ class Store:
         with self._changing():
             if source is not None and signature_path(source).is_file():
                 self._copy_signed(source, patch.digest)
-            elif not path.is_file():
+            elif self._says_more(patch, path):
                 patch.save(path)
             if name is not None:
                 self._write_name(check_name(name), patch.digest)
         return path
+
+    def _says_more(self, patch: Patch, path: Path) -> bool:
+        """Whether a patch is to be the file of its content: what was measured of it is kept, and signed bytes stay."""
+        if not path.is_file():
+            return True
+        if signature_path(path).is_file():
+            return False
+        try:
+            there = Patch.load(path).meta
+        except PatchError:
+            return True
+        lost = [
+            name for name in ("evaluation", "certificate") if getattr(there, name) and not getattr(patch.meta, name)
+        ]
+        return not lost and there != patch.meta
 
     def get(self, reference: str) -> Patch:
         """The patch of a digest or a name. Raises PatchError when it is not there, or is not what its name says."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,16 +93,20 @@ def tune_rows(
     base_rows = find_embedding(model).weight.detach()[token_ids.to(model.device)].float()
     slot = SlotRows(token_ids, base_rows, output=side == "input+output", prompt_only=scope == "prompt")
     with _alone(folder), training(model, slot) as trained, _evaluating_after(model):
+        progress = _Progress(stage, reporter)
         trainer = _RowTrainer(
             model=model,
             args=_arguments(settings, folder, model.device, trained.rows.numel()),
             train_dataset=list(examples),  # type: ignore[arg-type]
             data_collator=lambda batch: collate(batch, pad=0),  # masked and without labels: any id will do
             compute_loss_func=_mean_loss,
-            callbacks=[_Progress(stage, reporter)],
+            callbacks=[progress],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=_last_complete(folder))
+        with _saved_when_interrupted(progress):
+            trainer.train(resume_from_checkpoint=_last_complete(folder))
+        if progress.interrupted and trainer.state.global_step < settings.steps:
+            raise KeyboardInterrupt
         rows = trained.rows.detach().float().cpu().clone()
         if trainer.is_world_process_zero():
             write_atomically(done, safetensors.torch.save({"rows": rows, "token_ids": token_ids}))
@@ -135,6 +141,29 @@ def _alone(folder: Path) -> Iterator[None]:
         raise RunError(
             f"another build is training in {folder}: wait for it, or give this one its own --resume."
         ) from error
+
+
+@contextmanager
+def _saved_when_interrupted(progress: _Progress) -> Iterator[None]:
+    """Let a first interrupt end the training at the end of its step, which is kept; a second one ends it at once.
+
+    Where this is not the main thread, or one process of several, interrupts stay what they are.
+    """
+    alone = threading.current_thread() is threading.main_thread() and int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if not alone:
+        yield
+        return
+
+    def note(*_: Any) -> None:
+        if progress.interrupted:
+            raise KeyboardInterrupt
+        progress.interrupted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def autocasts(device: str) -> bool:
@@ -221,6 +250,11 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, stage: str, reporter: Reporter) -> None:
         self._stage, self._reporter = stage, reporter
+        self.interrupted = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
