@@ -111,7 +111,7 @@ def generate(
                         click.echo("")  # so that answers stand at the lines of their prompts
                 _show(choice, prompt, answer, as_json=as_json, alone=file is not None, limit=max_new_tokens)
             advance(len(answers))
-    if cut and not as_json:
+    if cut and file is not None and not as_json:
         count = "1 answer was" if cut == 1 else f"{cut} answers were"
         click.echo(f"Note: {count} cut at --max-new-tokens {max_new_tokens}.", err=True)
 

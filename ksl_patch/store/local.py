@@ -101,7 +101,7 @@ class Store:
         return path
 
     def _says_more(self, patch: Patch, path: Path) -> bool:
-        """Whether a patch is to be the file of its content: what was measured of it is kept, and signed bytes stay."""
+        """Whether a patch is to be the file of its content: where it has measurements that are not there."""
         if not path.is_file():
             return True
         if signature_path(path).is_file():
@@ -109,11 +109,9 @@ class Store:
         try:
             there = Patch.load(path).meta
         except PatchError:
-            return True
-        lost = [
-            name for name in ("evaluation", "certificate") if getattr(there, name) and not getattr(patch.meta, name)
-        ]
-        return not lost and there != patch.meta
+            return False  # reading it says so
+        both = [(there.evaluation, patch.meta.evaluation), (there.certificate, patch.meta.certificate)]
+        return any(new and not old for old, new in both) and not any(old and not new for old, new in both)
 
     def get(self, reference: str) -> Patch:
         """The patch of a digest or a name. Raises PatchError when it is not there, or is not what its name says."""
