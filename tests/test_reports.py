@@ -432,8 +432,11 @@ def test_a_row_outside_the_base_s_norms_is_named(patch_file, base_folder, tmp_pa
     odd = [row["token_id"] for row in json.loads(out)["outside"]]
     assert code == 0
     assert (odd, json.loads(usual)["outside"]) == ([IDS[1]], [])
-    out = run_cli("verify", tmp_path / "odd.safetensors", "--base", base_folder)[1]
-    assert f"Note: the row of token {IDS[1]} has the norm" in out
+    for command in ("verify", "inspect"):
+        out = run_cli(command, tmp_path / "odd.safetensors", "--base", base_folder)[1]
+        assert f"Note: the row of token {IDS[1]} has the norm" in out
+    code, _, err = run_cli("inspect", tmp_path / "odd.safetensors", "--base", tmp_path / "none")
+    assert (code, "there is no folder" in err) == (1, True)
     assert "outside" in json.loads(run_cli("verify", patch_file, "--json")[1])
 
 

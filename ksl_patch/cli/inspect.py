@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("reference", metavar="P")
 @click.option("--rows", type=click.IntRange(0), default=40, show_default=True, help="Rows to show, largest D first.")
+@click.option("--base", metavar="M", help="Also name rows whose norm none of the base's own has.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def inspect(reference: str, rows: int, as_json: bool) -> None:
+def inspect(reference: str, rows: int, base: str | None, as_json: bool) -> None:
     """Show a patch: its rows as tokens with D, p and norms, its base, its training, its size.
 
     P is a file, a name or digest of the local store, or hf://ORG/REPO[@REV]/FILE.
@@ -25,13 +26,36 @@ def inspect(reference: str, rows: int, as_json: bool) -> None:
 
     patch, loaded = find(reference)
     size = patch.stat().st_size
+    outside = None if base is None else _outside(loaded, base)
     if as_json:
         meta = dataclasses.asdict(loaded.meta)
         print(
-            json.dumps({"path": str(patch), "bytes": size, "digest": loaded.digest, **meta, "rows": loaded.row_facts()})
-        )
+            json.dumps({
+                "path": str(patch), "bytes": size, "digest": loaded.digest, **meta, "rows": loaded.row_facts(),
+                "outside": outside,
+            })
+        )  # fmt: skip
     else:
         _print(loaded, size, rows)
+        for row in outside or ():
+            click.echo(f"Note: {outside_in_words(row)}")
+
+
+def _outside(patch: Patch, base: str) -> list[dict[str, Any]]:
+    from ksl_patch.base import find_embedding
+    from ksl_patch.hf import load_base
+
+    model, tokenizer = load_base(base, device="cpu")
+    patch.check(model, tokenizer)
+    return patch.outside(find_embedding(model))
+
+
+def outside_in_words(row: dict[str, Any]) -> str:
+    """A row of `Patch.outside` in a sentence."""
+    return (
+        f"the row of token {row['token_id']} has the norm {row['norm']:.3g}, and the base's own rows have "
+        f"{row['smallest']:.3g} to {row['largest']:.3g}: a stronger control than any text is."
+    )
 
 
 def _print(patch: Patch, size: int, limit: int) -> None:

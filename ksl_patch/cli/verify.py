@@ -25,6 +25,7 @@ def verify(reference: str, base: str | None, revision: str | None, key: Path | N
     and the reason.
     """
     from ksl_patch.base import find_embedding
+    from ksl_patch.cli.inspect import outside_in_words
     from ksl_patch.errors import BaseMismatchError, PatchError
     from ksl_patch.store import sign
     from ksl_patch.store.local import find
@@ -55,10 +56,7 @@ def verify(reference: str, base: str | None, revision: str | None, key: Path | N
         more = f"{f', signed with {key}' if key else ''}{f', and its base is {base}' if base else ''}"
         click.echo(f"{patch}: valid{more} ({digest})")
         for row in outside or ():
-            click.echo(
-                f"Note: the row of token {row['token_id']} has the norm {row['norm']:.3g}, and the base's own rows "
-                f"have {row['smallest']:.3g} to {row['largest']:.3g}: a stronger control than any text is."
-            )
+            click.echo(f"Note: {outside_in_words(row)}")
     else:
         click.echo(f"Error: {visible(str(reason))}", err=True)
     if reason is not None:
