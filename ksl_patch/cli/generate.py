@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -67,6 +67,7 @@ def generate(
         raise click.UsageError("a --prompt is empty." if file is None else f"{file.name} has no prompts.")
     choices = list(patches or [_BASE]) * (1 if len(patches) == len(texts) else len(texts))
 
+    from ksl_patch.hf import generate as run
     from ksl_patch.hf import load_base, prompt_ids
     from ksl_patch.store.local import load
 
@@ -103,7 +104,7 @@ def generate(
     with _progress(len(texts), shown=len(texts) > batch_size) as advance:
         for begin in range(0, len(texts), batch_size):
             here = slice(begin, begin + batch_size)
-            answers = run(model, tokenizer, ids[here], chosen[here], max_new_tokens, ends[here])
+            answers = run(model, tokenizer, ids[here], chosen[here], max_new_tokens=max_new_tokens, ends=ends[here])
             for choice, prompt, answer in zip(choices[here], texts[here], answers, strict=True):
                 cut += not answer.stopped
                 if file is not None and not as_json:
@@ -114,13 +115,6 @@ def generate(
     if cut and file is not None and not as_json:
         count = "1 answer was" if cut == 1 else f"{cut} answers were"
         click.echo(f"Note: {count} cut at --max-new-tokens {max_new_tokens}.", err=True)
-
-
-def run(model: Any, tokenizer: Any, ids: Any, patches: Any, limit: int, ends: Any) -> list[Completion]:
-    """One mixed batch."""
-    from ksl_patch.hf import generate as complete
-
-    return complete(model, tokenizer, ids, patches, max_new_tokens=limit, ends=ends)
 
 
 def _lines(file: TextIO) -> list[str]:

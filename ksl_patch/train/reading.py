@@ -146,11 +146,12 @@ _Record = tuple[str, Any]
 
 def _records(places: list[str], columns: Columns, languages: Languages, limit: int | None) -> Iterable[_Record]:
     paths = [Path(place) for place in places]
-    if len(paths) == 2 and all(_is_lines(path) for path in paths):
+    of_lines = list(map(_is_lines, paths)) if len(paths) == 2 else [False]
+    if all(of_lines):
         if columns != Columns():
             raise DataError(f"{paths[0]} and {paths[1]} are lines of text and have no columns.")
         return _read_aligned(paths, languages)
-    if len(paths) == 2 and any(_is_lines(path) for path in paths):
+    if any(of_lines):
         for path in paths:
             if not path.exists():
                 raise DataError(f"{path}: no such file.")
@@ -364,10 +365,10 @@ def _read_one(where: str, columns: Columns, languages: Languages, limit: int | N
 
 def _read_json(path: Path) -> Iterator[_Record]:
     lines = _lines(path)
-    first = next((line for line in lines if line.strip()), "")
+    text, first = "\n".join(lines).strip(), next((line for line in lines if line.strip()), "")
     if first.lstrip().startswith("["):
         try:
-            records = json.loads("\n".join(lines))
+            records = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not valid JSON ({error}).") from error
         yield from ((f"{path}, item {number}", record) for number, record in enumerate(records, start=1))
@@ -375,8 +376,8 @@ def _read_json(path: Path) -> Iterator[_Record]:
     if first.strip() == "{" or path.suffix.lower() == ".json":
         whole = None
         with suppress(ValueError, RecursionError):
-            whole = json.loads("\n".join(lines))
-        if isinstance(whole, dict) and "\n" in "\n".join(lines).strip():
+            whole = json.loads(text)
+        if isinstance(whole, dict) and "\n" in text:
             names = ", ".join(map(str, whole))
             raise DataError(f"{path}: one object ({names}): expected an array, or an object a line.")
     for number, line in enumerate(lines, start=1):
@@ -567,8 +568,6 @@ def _read_parquet(path: Path) -> Iterator[_Record]:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", record
-    except (DataError, GeneratorExit):
-        raise
     except Exception as error:  # the library raises many kinds, its own and Python's
         raise DataError(f"{path}: not a Parquet file that can be read, after row {number} ({error}).") from error
 
