@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ksl_patch.cli.options import columns_option, one_or_several
+from ksl_patch.cli.options import PATH_OR_ID, columns_option, one_or_several
 
 
 def named_rows(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str | int, ...]:
@@ -35,7 +35,7 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--base", required=True, metavar="M", help="Base model: a local folder or a Hub id.")
+@click.option("--base", required=True, metavar="M", type=PATH_OR_ID, help="Base model: a local folder or a Hub id.")
 @click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
 @click.option(
     "--pairs",
@@ -43,6 +43,7 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
     multiple=True,
     callback=one_or_several,
     metavar="F",
+    type=PATH_OR_ID,
     help="Sentence pairs: .jsonl, .json, .csv, .tsv or .parquet, as .gz or .zst too; two files with a sentence a line "
     "each (--pairs train.en --pairs train.sw); or a Hugging Face dataset id[@revision][:config[:split]]. Several files "
     "are read one after the other.",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ksl_patch.cli.evidence import evidence_options, subject
+from ksl_patch.cli.options import REFERENCE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("reference", metavar="P")
+@click.argument("reference", metavar="P", type=REFERENCE)
 @click.option(
     "--delta",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),

@@ -7,10 +7,12 @@ import json
 
 import click
 
+from ksl_patch.cli.options import REFERENCE
+
 
 @click.command()
-@click.argument("first", metavar="A")
-@click.argument("second", metavar="B")
+@click.argument("first", metavar="A", type=REFERENCE)
+@click.argument("second", metavar="B", type=REFERENCE)
 @click.option("--rows", type=click.IntRange(0), default=40, show_default=True, help="Changed rows to show.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, all rows included.")
 def diff(first: str, second: str, rows: int, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ksl_patch.cli.options import columns_option, one_or_several
+from ksl_patch.cli.options import PATH_OR_ID, columns_option, one_or_several
 
 if TYPE_CHECKING:
     from ksl_patch.evidence import Certificate, Evaluation
@@ -29,12 +29,18 @@ _OPTIONS = (
         metavar="DIR",
         help="Folder that the patch's build kept.  [default: P.run]",
     ),
-    click.option("--base", metavar="M", help="Base model, where it is not at the place that the build had it from."),
+    click.option(
+        "--base",
+        metavar="M",
+        type=PATH_OR_ID,
+        help="Base model, where it is not at the place that the build had it from.",
+    ),
     click.option(
         "--pairs",
         multiple=True,
         callback=one_or_several,
         metavar="F",
+        type=PATH_OR_ID,
         help="The pairs that the patch was built from, where they have moved.",
     ),
     click.option(
@@ -42,6 +48,7 @@ _OPTIONS = (
         multiple=True,
         callback=one_or_several,
         metavar="G",
+        type=PATH_OR_ID,
         help="Use these pairs, which no training saw, instead of those that the build held out.",
     ),
     columns_option("Names of the two columns of --test."),

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
+from ksl_patch.cli.options import PATH_OR_ID, REFERENCE
+
 
 @click.command()
-@click.argument("reference", metavar="P")
+@click.argument("reference", metavar="P", type=REFERENCE)
 @click.option(
     "--format",
     "form",
@@ -17,7 +19,7 @@ import click
     required=True,
     help="PEFT's TrainableTokens, or a LoRA of the embedding, which vLLM serves without this package.",
 )
-@click.option("--base", required=True, metavar="M", help="The patch's base, for its modules' names.")
+@click.option("--base", required=True, metavar="M", type=PATH_OR_ID, help="The patch's base, for its modules' names.")
 @click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
 @click.option(
     "-o", "--output", required=True, metavar="FOLDER", type=click.Path(path_type=Path), help="Folder to write."

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from ksl_patch.cli.options import PATH_OR_ID, REFERENCE
 from ksl_patch.terminal import PlainConsole, visible
 
 if TYPE_CHECKING:
@@ -22,13 +23,16 @@ _BASE = "base"
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--base", metavar="M", help="Base model: a local folder or a Hub id.  [default: the patch's own]")
+@click.option(
+    "--base", metavar="M", type=PATH_OR_ID, help="Base model: a local folder or a Hub id.  [default: the patch's own]"
+)
 @click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
 @click.option(
     "--patch",
     "patches",
     multiple=True,
     metavar="P",
+    type=REFERENCE,
     help="Patch for the prompt in the same place: a file, a name or digest of the local store, hf://ORG/REPO/FILE, "
     "or the word base. One patch serves them all.",
 )

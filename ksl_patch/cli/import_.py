@@ -7,10 +7,14 @@ from pathlib import Path
 
 import click
 
+from ksl_patch.cli.options import PATH_OR_ID
+
 
 @click.command("import")
 @click.argument("adapter", metavar="FOLDER", type=click.Path(path_type=Path))
-@click.option("--base", required=True, metavar="M", help="The adapter's base: a local folder or a Hub id.")
+@click.option(
+    "--base", required=True, metavar="M", type=PATH_OR_ID, help="The adapter's base: a local folder or a Hub id."
+)
 @click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
 @click.option(
     "-o",

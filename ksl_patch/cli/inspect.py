@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ksl_patch.cli.options import PATH_OR_ID, REFERENCE
+
 if TYPE_CHECKING:
     from ksl_patch.patch import Patch
 
 
 @click.command()
-@click.argument("reference", metavar="P")
+@click.argument("reference", metavar="P", type=REFERENCE)
 @click.option("--rows", type=click.IntRange(0), default=40, show_default=True, help="Rows to show, largest D first.")
-@click.option("--base", metavar="M", help="Also name rows whose norm none of the base's own has.")
+@click.option("--base", metavar="M", type=PATH_OR_ID, help="Also name rows whose norm none of the base's own has.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def inspect(reference: str, rows: int, base: str | None, as_json: bool) -> None:
     """Show a patch: its rows as tokens with D, p and norms, its base, its training, its size.

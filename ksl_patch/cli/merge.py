@@ -8,10 +8,12 @@ from typing import Literal
 
 import click
 
+from ksl_patch.cli.options import REFERENCE
+
 
 @click.command()
-@click.argument("first", metavar="A")
-@click.argument("second", metavar="B")
+@click.argument("first", metavar="A", type=REFERENCE)
+@click.argument("second", metavar="B", type=REFERENCE)
 @click.option(
     "-o",
     "--output",

@@ -1,18 +1,73 @@
-"""Options that several commands have."""
+"""What several commands have: options, and the kinds of their values, which a shell completes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
+from click.types import StringParamType
 
 from ksl_patch.errors import PatchError
 
 if TYPE_CHECKING:
     from ksl_patch.patch import Patch
     from ksl_patch.store.local import Store
+
+
+class _Outside(StringParamType):
+    """A text that may name a file: a base or a data set is a path or an id on the Hub. A shell completes the path."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+class _StoredName(StringParamType):
+    """A name of the local store."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from ksl_patch.store.root import stored_names
+
+        return [CompletionItem(name) for name in stored_names() if name.startswith(incomplete)]
+
+
+class _Reference(_Outside):
+    """A patch: a path, a name or digest of the local store, or hf://ORG/REPO/FILE. A shell completes the first two."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        names = STORED_NAME.shell_complete(ctx, param, incomplete)
+        # bash takes files or words, never both, so beside names files are words.
+        return _words(names, incomplete) if names else super().shell_complete(ctx, param, incomplete)
+
+
+class _NamedReference(_Reference):
+    """NAME=P, or P."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        name, equals, rest = incomplete.partition("=")
+        if not equals:  # or in bash, which cuts words there
+            return super().shell_complete(ctx, param, incomplete)
+        found = _words(STORED_NAME.shell_complete(ctx, param, rest), rest)
+        return [CompletionItem(f"{name}={item.value}") for item in found]
+
+
+def _words(names: list[CompletionItem], incomplete: str) -> list[CompletionItem]:
+    """Names, and the files and folders that begin so."""
+    folder, slash, start = incomplete.rpartition("/")
+    where = Path(folder or slash or ".")
+    here = where.iterdir() if where.is_dir() else ()
+    files = [f"{each.name}/" if each.is_dir() else each.name for each in here if each.name.startswith(start)]
+    found = {f"{folder}{slash}{file}" for file in files if start or file[0] != "."}
+    return [CompletionItem(each) for each in sorted({*found, *(name.value for name in names)})]
+
+
+PATH_OR_ID = _Outside()
+STORED_NAME = _StoredName()
+REFERENCE = _Reference()
+NAMED_REFERENCE = _NamedReference()
 
 
 def check_free(store: Store, name: str, patch: Patch, force: bool) -> str:

@@ -6,9 +6,11 @@ import json
 
 import click
 
+from ksl_patch.cli.options import REFERENCE
+
 
 @click.command()
-@click.argument("reference", metavar="P")
+@click.argument("reference", metavar="P", type=REFERENCE)
 @click.argument("repo", metavar="ORG/REPO")
 @click.option("--name", metavar="NAME", help="Upload as NAME.safetensors; by default the file's name.")
 @click.option("--private", is_flag=True, help="Make the repository private, where it is new.")

@@ -6,9 +6,11 @@ import json
 
 import click
 
+from ksl_patch.cli.options import STORED_NAME
+
 
 @click.command()
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", type=STORED_NAME, nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each.")
 def remove(names: tuple[str, ...], as_json: bool) -> None:
     """Forget names of the local store; `ksl-patch gc` deletes what has no name left."""

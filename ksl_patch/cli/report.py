@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
+from ksl_patch.cli.options import REFERENCE
+
 
 @click.command()
-@click.argument("references", metavar="P...", nargs=-1, required=True)
+@click.argument("references", metavar="P...", nargs=-1, type=REFERENCE, required=True)
 @click.option(
     "-o",
     "--output",

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 from rich.table import Table
 
+from ksl_patch.cli.options import NAMED_REFERENCE, PATH_OR_ID, REFERENCE
 from ksl_patch.errors import RunError
 from ksl_patch.terminal import PlainConsole
 from ksl_patch.vllm.plugin import SUPPORTED
@@ -28,15 +30,23 @@ _CACHED = 1000
 _ROWS = 64
 
 
+class _Serve(click.Command):
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Also what follows `--patch NAME=`, which bash gives as a word of its own."""
+        return super().shell_complete(ctx, incomplete) or REFERENCE.shell_complete(ctx, self.params[0], incomplete)
+
+
 # Without -h, which click would find in vLLM's own -dph.
 @click.command(
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["--help"]}
+    cls=_Serve,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["--help"]},
 )
-@click.argument("base", required=False)
+@click.argument("base", required=False, type=PATH_OR_ID)
 @click.option(
     "--patch",
     "patches",
     metavar="[NAME=]PATH",
+    type=NAMED_REFERENCE,
     multiple=True,
     help="Serve a patch file (or a name or digest of the local store, hf://ORG/REPO[@REV]/FILE, or a folder with a "
     "PEFT TrainableTokens adapter) under a name, by default its own. Repeat for more.",

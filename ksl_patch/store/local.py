@@ -18,21 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 from ksl_patch.errors import PatchError
 from ksl_patch.patch import Patch, check_name, write_atomically
 from ksl_patch.store.hub import PREFIX, fetch
+from ksl_patch.store.root import default_root
 from ksl_patch.store.sign import signature_path
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SUFFIX = ".safetensors"
-
-
-def default_root() -> Path:
-    """KSL_PATCH_HOME, or a folder of the user's cache."""
-    home = os.environ.get("KSL_PATCH_HOME")
-    return Path(home) if home else user_cache_path("ksl_patch")
 
 
 def is_digest(text: str) -> bool:

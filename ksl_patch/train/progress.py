@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from types import TracebackType
 from typing import Any, Protocol
 
+from rich.prompt import Confirm
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ksl_patch.terminal import PlainConsole
+from ksl_patch.errors import RunError
+from ksl_patch.terminal import PlainConsole, visible
 
 
 class Reporter(Protocol):
@@ -17,8 +20,11 @@ class Reporter(Protocol):
     def note(self, event: str, message: str, **values: Any) -> None:
         """Something worth saying once."""
 
-    def begin(self, stage: str, total: int) -> None:
-        """A stage of `total` steps begins."""
+    def doubt(self, event: str, message: str, **values: Any) -> None:
+        """Something that is probably wrong. Raises RunError where somebody was asked and does not want it."""
+
+    def begin(self, stage: str, total: int, later: int | None = None) -> None:
+        """A stage of `total` steps begins. later: how many like them follow in other stages, where that is known."""
 
     def step(self, done: int, loss: float | None = None) -> None:
         """`done` steps of the stage are done; loss is per answer token, in nats."""
@@ -33,7 +39,10 @@ class SilentReporter:
     def note(self, event: str, message: str, **values: Any) -> None:
         """Say nothing."""
 
-    def begin(self, stage: str, total: int) -> None:
+    def doubt(self, event: str, message: str, **values: Any) -> None:
+        """Say nothing."""
+
+    def begin(self, stage: str, total: int, later: int | None = None) -> None:
         """Say nothing."""
 
     def step(self, done: int, loss: float | None = None) -> None:
@@ -43,25 +52,74 @@ class SilentReporter:
         """Say nothing."""
 
 
+class _Pace:
+    """Seconds a step, from the first steps of a stage, and what is left of it and of those that follow; once."""
+
+    _STEPS = 4  # after the first, which is slower
+
+    def __init__(self) -> None:
+        self._said = False
+        self._total, self._later = 0, None
+        self._first: tuple[int, float] | None = None
+
+    def begin(self, total: int, later: int | None) -> None:
+        self._total, self._later, self._first = total, later, None
+
+    def step(self, done: int) -> tuple[float, float] | None:
+        """Seconds a step and seconds left, when there is something to say."""
+        if self._said or self._later is None:
+            return None
+        if self._first is None:
+            self._first = done, time.monotonic()
+        steps = done - self._first[0]
+        if steps < self._STEPS:
+            return None
+        self._said = True
+        each = (time.monotonic() - self._first[1]) / steps
+        return each, each * (self._total - done + self._later)
+
+    @staticmethod
+    def in_words(each: float, left: float) -> str:
+        end = time.strftime("%H:%M", time.localtime(time.time() + left))
+        return f"{each:.2g} s a step: tuning takes {duration(left)} more, until {end}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "50 s", "4 min", "1 h 20 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class JsonReporter:
     """One JSON object a line on standard output."""
 
     def __init__(self) -> None:
         self._stage = ""
         self._total = 0
+        self._pace = _Pace()
 
     def note(self, event: str, message: str, **values: Any) -> None:
         """{"event": event, "message": ..., ...}."""
         self._print(event=event, message=message, **values)
 
-    def begin(self, stage: str, total: int) -> None:
+    def doubt(self, event: str, message: str, **values: Any) -> None:
+        """As `note`."""
+        self.note(event, message, **values)
+
+    def begin(self, stage: str, total: int, later: int | None = None) -> None:
         """{"event": "begin", "stage": ..., "steps": ...}."""
         self._stage, self._total = stage, total
+        self._pace.begin(total, later)
         self._print(event="begin", stage=stage, steps=total)
 
     def step(self, done: int, loss: float | None = None) -> None:
-        """{"event": "step", "stage": ..., "step": ..., "steps": ..., "loss": ...}."""
+        """{"event": "step", "stage": ..., "step": ..., "steps": ..., "loss": ...}; once {"event": "pace", ...}."""
         self._print(event="step", stage=self._stage, step=done, steps=self._total, loss=loss)
+        if pace := self._pace.step(done):
+            each, left = pace
+            self.note("pace", _Pace.in_words(each, left), seconds_per_step=each, seconds_left=left)
 
     def end(self) -> None:
         """{"event": "end", "stage": ...}."""
@@ -72,10 +130,14 @@ class JsonReporter:
 
 
 class RichReporter:
-    """Progress bars with the loss and the time left, on standard error; plain lines where that is no terminal."""
+    """Progress bars with the loss and the time left, on standard error; plain lines where that is no terminal.
 
-    def __init__(self, console: PlainConsole | None = None) -> None:
+    ask: whether a doubt is a question, where a person can answer it.
+    """
+
+    def __init__(self, console: PlainConsole | None = None, *, ask: bool = False) -> None:
         self._console = console or PlainConsole(stderr=True)
+        self._ask = ask and self._console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description:<20}"),
             BarColumn(),
@@ -87,6 +149,7 @@ class RichReporter:
         )
         self._task: TaskID | None = None
         self._stage, self._total, self._loss = "", 0, ""
+        self._pace = _Pace()
 
     def __enter__(self) -> RichReporter:
         self._progress.start()
@@ -101,9 +164,20 @@ class RichReporter:
         """A line above the bars."""
         self._console.print(message, soft_wrap=True)
 
-    def begin(self, stage: str, total: int) -> None:
+    def doubt(self, event: str, message: str, **values: Any) -> None:
+        """A line, and a question where somebody is there to answer it."""
+        if not self._ask:
+            self.note(event, f"Warning: {message}")
+            return
+        self._progress.stop()
+        if not Confirm.ask(f"{visible(message)} Go on?", console=self._console, default=False):
+            raise RunError("stopped, as you said: nothing was trained.")
+        self._progress.start()
+
+    def begin(self, stage: str, total: int, later: int | None = None) -> None:
         """A new bar."""
         self._stage, self._total, self._loss = stage, total, ""
+        self._pace.begin(total, later)
         self._task = self._progress.add_task(stage, total=total, loss="")
 
     def step(self, done: int, loss: float | None = None) -> None:
@@ -112,8 +186,12 @@ class RichReporter:
         if loss is not None:
             self._loss = f"loss {loss:.3f}"
         self._progress.update(self._task, completed=done, loss=self._loss)
-        if not self._console.is_terminal and loss is not None and (done % max(1, self._total // 5) == 0):
-            self.note("step", f"{self._stage}: {done}/{self._total} {self._loss}")
+        if pace := self._pace.step(done):
+            self.note("pace", _Pace.in_words(*pace))
+        if not self._console.is_terminal and done % max(1, self._total // 5) == 0:
+            left = self._progress.tasks[-1].time_remaining
+            more = f", {duration(left)} left" if left else ""
+            self.note("step", f"{self._stage}: {done}/{self._total} {self._loss}".rstrip() + more)
 
     def end(self) -> None:
         """The bar stays as it is."""
