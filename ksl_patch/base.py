@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ import msgspec
 import torch
 from torch import nn
 
-from ksl_patch.errors import BaseMismatchError
+from ksl_patch.errors import BaseMismatchError, RunError
 
 _FINGERPRINT_ROWS = 256
 _BODY_VALUES = 256  # of each weight
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
 _LABELS = ("_name_or_path", "transformers_version", "_commit_hash", "_from_model_config", "base_model_name_or_path")
 # Rounding float32 to bfloat16 changes a value by at most 2^-9 of itself; float16 is closer.
 _ROUNDING = 2.0**-8
@@ -257,6 +259,26 @@ def identify(model: Any, tokenizer: Any = None) -> BaseIdentity:
         tokenizer_digest=None if tokenizer is None else tokenizer_digest(tokenizer),
         body=body_digest(model, table.dtype),
     )
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of a model's id on the Hub: ORG/REPO."""
+    return bool(_HUB_ID.fullmatch(text))
+
+
+def check_base_model(base_model: str | None) -> None:
+    """Raise RunError for what is not a base's id on the Hub."""
+    if base_model is not None and not is_hub_id(base_model):
+        raise RunError(f"{base_model[:100]!r} is not a model's id on the Hub: it has the form ORG/REPO.")
+
+
+def named_in_files(folder: Path) -> str | None:
+    """The id on the Hub that a model's own configuration names: where it, or what it was tuned from, came from."""
+    try:
+        name = json.loads((folder / "config.json").read_bytes())["_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return name if isinstance(name, str) and is_hub_id(name) and not Path(name).exists() else None
 
 
 def public_id(name_or_path: str) -> str | None:

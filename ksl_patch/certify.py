@@ -13,7 +13,7 @@ import torch
 
 from ksl_patch.base import row_bits
 from ksl_patch.errors import RunError
-from ksl_patch.evidence import Bound, Certificate, Margin
+from ksl_patch.evidence import PARTS, Bound, Certificate, Margin
 from ksl_patch.patch import Patch
 
 # What a certificate is, as the paper's Theorem 2 is.
@@ -113,6 +113,17 @@ def ks_margin(
 def at_least(bound: float) -> str:
     """A lower bound of a share in words, rounded down to a tenth of a percent: never more than it is."""
     return f"{math.floor(1000 * bound) / 10:.1f}%"
+
+
+def summary(certificate: Certificate) -> str:
+    """A certificate in two lines."""
+    c, level = certificate, f"{(100 - 100 * Decimal(str(certificate.delta))).normalize():f}%"
+    word, whole, part = c.next_token, c.continuation, PARTS.get(c.part or "", "held-out")
+    return (
+        f"On {word.agreements} of {word.examples} {part} pairs the patch begins with the "
+        f"tuned embedding's token (confidence {level}: on at least {at_least(word.lower)} of such text), on "
+        f"{whole.agreements} it gives the same whole answer (at least {at_least(whole.lower)}).\n{MEANING}"
+    )
 
 
 def statements(certificate: Certificate) -> list[tuple[str, str, str]]:

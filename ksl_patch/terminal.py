@@ -23,6 +23,11 @@ class PlainConsole(Console):
         return super().render_str(visible(text), **options)
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things: "1 row", "1,200 rows"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def visible(text: str) -> str:
     r"""The text with control characters, and those that change its direction, as `\x1b` and `\u202e`."""
     return "".join(

@@ -34,7 +34,7 @@ class Recorder(SilentReporter):
     def note(self, event, message, **values):
         self.notes.append((event, message, values))
 
-    def begin(self, stage, total):
+    def begin(self, stage, total, later=None):
         self.begun.append(stage)
 
 

@@ -12,7 +12,11 @@ from ksl_patch.cli.options import check_free
 
 @click.command()
 @click.argument("files", metavar="P...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--name", metavar="NAME", help="The name it is to have; by default its own. For one file.")
+@click.option(
+    "--name",
+    metavar="NAME",
+    help="The name it is to have; by default the one inside the file, which it was built with. For one file.",
+)
 @click.option("--force", is_flag=True, help="Move a name that is of a patch of another base or language.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each.")
 def add(files: tuple[Path, ...], name: str | None, force: bool, as_json: bool) -> None:
@@ -31,4 +35,5 @@ def add(files: tuple[Path, ...], name: str | None, force: bool, as_json: bool) -
         if as_json:
             click.echo(json.dumps({"name": own, "digest": patch.digest, "path": str(path)}))
         else:
-            click.echo(f"{own}: {patch.digest}{was}")
+            inside = "" if own in (name, file.stem) else f", the name inside {file}"
+            click.echo(f"{own}: {patch.digest}{was}{inside}")

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from ksl_patch.cli.options import PATH_OR_ID, columns_option, one_or_several
+from ksl_patch.cli.options import PATH_OR_ID, columns_option, one_or_several, starting
+from ksl_patch.terminal import counted
 
 
 def named_rows(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str | int, ...]:
@@ -36,6 +37,7 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
 
 @click.command(context_settings={"show_default": True})
 @click.option("--base", required=True, metavar="M", type=PATH_OR_ID, help="Base model: a local folder or a Hub id.")
+@click.option("--base-model", metavar="ID", help="The base's id on the Hub, for the patch, where --base is a folder.")
 @click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
 @click.option(
     "--pairs",
@@ -160,8 +162,9 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
 )
 @click.option("--licence", metavar="SPDX", help="Licence of the patch, such as CC-BY-4.0.")
 @click.option("--device", metavar="DEV", help="Where to train.  [default: cuda when there is one, else cpu]")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask about what looks wrong: warn, and go on.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of progress bars.")
-def build(output: Path, force: bool, run: Path | None, as_json: bool, **options: Any) -> None:
+def build(output: Path, force: bool, run: Path | None, yes: bool, as_json: bool, **options: Any) -> None:
     """Build a patch for one language from a base model and sentence pairs.
 
     Three stages: the embedding is tuned, a Kolmogorov-Smirnov test picks the rows that moved (the ticket),
@@ -188,6 +191,7 @@ def build(output: Path, force: bool, run: Path | None, as_json: bool, **options:
     options["name"] = options["name"] or output.stem
     run = run or output.with_name(output.name + ".run")
 
+    starting(as_json)
     try:
         from ksl_patch.train.build import BuildConfig
         from ksl_patch.train.build import build as build_patch
@@ -199,15 +203,21 @@ def build(output: Path, force: bool, run: Path | None, as_json: bool, **options:
         ) from error
 
     leader = launched(options["device"]).is_main_process
-    reporter = (JsonReporter() if as_json else RichReporter()) if leader else SilentReporter()
+    reporter = (JsonReporter() if as_json else RichReporter(ask=not yes)) if leader else SilentReporter()
     with reporter if isinstance(reporter, RichReporter) else nullcontext():
         patch = build_patch(BuildConfig(**options), run, reporter)
     if not leader:
         return
+    if output.exists() and not force:
+        raise click.ClickException(
+            f"{output} was written by something else meanwhile: give the same command another -o, and --resume {run}, "
+            "where all stages are finished."
+        )
     patch.save(output)
     if as_json:
         size = output.stat().st_size
         print(json.dumps({"event": "patch", "path": str(output), "digest": patch.digest, "bytes": size}), flush=True)
     else:
-        click.echo(f"Wrote {output}: {len(patch.token_ids)} rows, {output.stat().st_size:,} bytes, {patch.digest[:12]}")
+        rows, nbytes = counted(len(patch.token_ids), "row"), output.stat().st_size
+        click.echo(f"Wrote {output}: {rows}, {nbytes:,} bytes, digest {patch.digest[:12]}")
         click.echo(f"Checkpoints are in {run}, where eval and certify find the pairs and what was tuned (--run).")

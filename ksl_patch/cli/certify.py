@@ -42,7 +42,7 @@ def certify(
     tokens and of whole greedy outputs on which they agree, with a lower bound; and the paper's KS margin, a heuristic,
     beside what was measured. The result goes into the patch's metadata.
     """
-    with subject(reference, output=output, needs_build=True, **options) as it:
+    with subject(reference, output=output, needs_build=True, as_json=as_json, **options) as it:
         from ksl_patch.evidence import Certificate, write
         from ksl_patch.train.agreement import certify as compare
 
@@ -63,12 +63,12 @@ def certify(
     if as_json:
         print(it.as_json(result))
         return
-    from ksl_patch.certify import MEANING
+    from ksl_patch.certify import summary
     from ksl_patch.terminal import PlainConsole
 
     console = PlainConsole(width=None if PlainConsole().is_terminal else 120)
     console.print(table(result))
-    console.print(MEANING)
+    console.print(summary(result))
     for note in result.notes:
         console.print(f"Note: {note}")
     if it.target is not None:

@@ -58,7 +58,7 @@ def eval(
         raise click.UsageError(
             f"there is no control {sorted(unknown)[0]!r}: all, none, or some of {','.join(CONTROLS)},single."
         )
-    with subject(reference, output=output, needs_build=False, **options) as it:
+    with subject(reference, output=output, needs_build=False, as_json=as_json, **options) as it:
         from ksl_patch.train.compare import evaluate, make_systems
 
         old = it.replaced(Evaluation)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ksl_patch.cli.options import PATH_OR_ID, columns_option, one_or_several
+from ksl_patch.cli.options import PATH_OR_ID, columns_option, one_or_several, starting
 
 if TYPE_CHECKING:
     from ksl_patch.evidence import Certificate, Evaluation
@@ -169,7 +169,7 @@ def subject(
     test: str | tuple[str, ...] | None,
     columns: tuple[str, str], group: str | None, part: str | None, limit: int | None,
     output: Path | None, no_save: bool, force: bool, device: str | None, needs_build: bool,
-    alone: bool = False,
+    as_json: bool, alone: bool = False,
 ) -> Iterator[Subject]:  # fmt: skip
     """What the options name. Everything that can be wrong is said before the first computation."""
     from ksl_patch.store.local import find
@@ -200,6 +200,7 @@ def subject(
             f"{run}, the folder that the patch's build kept, is not there: name it with --run{otherwise}."
         )
 
+    starting(as_json)
     try:
         from ksl_patch.hf import load_base
         from ksl_patch.train.build import reopen
@@ -217,6 +218,7 @@ def subject(
             model, tokenizer = build.model, build.tokenizer
         else:
             assert base is not None
+            reporter.note("loading", f"Loading {base} ...")
             model, tokenizer = load_base(base, device=device)
             patch.check(model, tokenizer)
         if test is not None:

@@ -37,6 +37,13 @@ def export(reference: str, form: str, base: str, revision: str | None, output: P
         raise PatchError(f"{output} exists and is not an empty folder: give another.")
     model, tokenizer = load_base(base, revision=revision, device="cpu")
     patch.check(model, tokenizer)
+    if form == "lora" and not as_json:
+        size = peft.lora_bytes(patch)
+        click.echo(
+            f"Writing {size / 1e6:,.1f} MB: a LoRA of the embedding has a column for each of the base's "
+            f"{patch.meta.base.vocab_size:,} tokens, where the patch has {patch.rows.nbytes / 1e3:,.0f} kB of rows.",
+            err=True,
+        )
     write = peft.export_trainable_tokens if form == "trainable-tokens" else peft.export_lora
     try:
         write(patch, output, peft.module_names(model))

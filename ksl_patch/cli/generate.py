@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from ksl_patch.cli.options import PATH_OR_ID, REFERENCE
+from ksl_patch.cli.options import PATH_OR_ID, REFERENCE, starting
 from ksl_patch.terminal import PlainConsole, visible
 
 if TYPE_CHECKING:
@@ -71,12 +71,16 @@ def generate(
         raise click.UsageError("a --prompt is empty." if file is None else f"{file.name} has no prompts.")
     choices = list(patches or [_BASE]) * (1 if len(patches) == len(texts) else len(texts))
 
+    starting(as_json)
     from ksl_patch.hf import generate as run
     from ksl_patch.hf import load_base, prompt_ids
     from ksl_patch.store.local import load
 
     loaded = {choice: load(choice) for choice in dict.fromkeys(choices) if choice != _BASE}
-    model, tokenizer = load_base(base or _base_of(list(loaded.values())), revision=revision, device=device)
+    base = base or _base_of(list(loaded.values()))
+    if not as_json:
+        click.echo(f"Loading {visible(base)} ...", err=True)
+    model, tokenizer = load_base(base, revision=revision, device=device)
     for patch in loaded.values():
         patch.check(model, tokenizer)
 

@@ -70,6 +70,12 @@ REFERENCE = _Reference()
 NAMED_REFERENCE = _NamedReference()
 
 
+def starting(as_json: bool) -> None:
+    """Say that a command has begun, before libraries are imported, which takes seconds."""
+    if not as_json:
+        click.echo("Loading torch and transformers ...", err=True)
+
+
 def check_free(store: Store, name: str, patch: Patch, force: bool) -> str:
     """What a name of the store was of, in words; empty where that is nothing or this patch.
 

@@ -12,7 +12,7 @@ from ksl_patch.cli.options import check_free
 
 @click.command()
 @click.argument("reference", metavar="ORG/REPO[@REV][/FILE]")
-@click.option("--name", metavar="NAME", help="The name it is to have; by default its own.")
+@click.option("--name", metavar="NAME", help="The name it is to have; by default the one inside the file.")
 @click.option("--key", type=click.Path(path_type=Path), help="Refuse it unless it is signed with this public key.")
 @click.option("--force", is_flag=True, help="Move a name that is of a patch of another base or language.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -207,9 +207,10 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
         # A path may have "=" in it too.
         if not found or Path(given).exists() or not (is_name(name) or Path(reference).exists()):
             name, reference = "", given
-        if public is not None and Path(reference).is_dir():
+        is_adapter = Path(reference).is_dir() and not (is_name(reference) and store.digest(reference))
+        if public is not None and is_adapter:
             raise RunError(f"{reference} is a folder, and only patch files can be signed.")
-        if Path(reference).is_dir():
+        if is_adapter:
             ids = peft.read_trainable_tokens(Path(reference), tied=False).token_ids
             entry = (name or Path(reference).name, str(Path(reference).resolve()), None, 2 * len(ids))
         else:

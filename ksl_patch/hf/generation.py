@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,17 +62,19 @@ def generate(
     max_new_tokens: int = 128,
     batch_size: int | None = None,
     ends: Sequence[int | None] | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> list[Completion]:
     """Greedy completions of prompts (token ids), one patch or None (the base) for each, in mixed batches.
 
     Every patch must have passed `patch.check(model)`. A patch of scope "prompt" acts on the prompt only.
     ends: for each prompt a token id that ends its answer beside `end_token_ids`, such as its template's.
+    advance: is told after each batch how many prompts it answered.
     """
     distinct = list({id(patch): patch for patch in patches if patch is not None}.values())
     with attach(model) as handle:
         slot_of = {id(patch): handle.bank.add(slot_rows(patch)) for patch in distinct}
         slots = [slot_of.get(id(patch), 0) for patch in patches]
-        return complete(model, tokenizer, prompts, slots, handle, max_new_tokens, batch_size, ends)
+        return complete(model, tokenizer, prompts, slots, handle, max_new_tokens, batch_size, ends, advance)
 
 
 @torch.no_grad()
@@ -85,6 +87,7 @@ def complete(
     max_new_tokens: int,
     batch_size: int | None,
     ends: Sequence[int | None] | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> list[Completion]:
     """Greedy completions of prompts on a model with patches attached, the bank's slot for each."""
     common = end_token_ids(model, tokenizer)
@@ -126,4 +129,6 @@ def complete(
             text = tokenizer.decode(new[:end], skip_special_tokens=True)
             written = tuple(new if end is None else new[: end + 1])
             completions[i] = Completion(text=text, stopped=end is not None, token_ids=written)
+        if advance is not None:
+            advance(len(part))
     return [completions[i] for i in range(len(prompts))]

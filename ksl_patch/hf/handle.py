@@ -32,7 +32,6 @@ from ksl_patch.hf.continuous import ContinuousBatching
 from ksl_patch.hf.wiring import Wiring
 from ksl_patch.overlay import Overlay, slot_rows
 from ksl_patch.patch import Patch, PatchMeta, check_name
-from ksl_patch.store.hub import PREFIX
 from ksl_patch.store.local import load
 
 Names = str | Sequence[str | None] | None
@@ -161,6 +160,11 @@ class PatchHandle:
                 wiring.own_class(table.head)
             wiring.copy_without()
 
+    def __repr__(self) -> str:
+        loaded = ", ".join(f"{name} {each.digest[:12]}" for name, each in list(self._loaded.items())) or "no patches"
+        state = "" if self.is_attached else ", detached"
+        return f"<PatchHandle of {type(self._model).__name__}{state}: {loaded}>"
+
     def __enter__(self) -> PatchHandle:
         return self
 
@@ -186,7 +190,10 @@ class PatchHandle:
         return self._find(name).meta
 
     def load(self, patch: Patch | str | os.PathLike[str], name: str | None = None) -> str:
-        """Load a patch, a patch file or hf://ORG/REPO/FILE under a name (its own by default); returns the name.
+        """Load a patch under a name (its own by default); returns the name.
+
+        patch: one, or what the command line takes for one: a path, a name or digest of the local store, or
+        hf://ORG/REPO/FILE.
 
         Raises PatchError for a bad file, BaseMismatchError for a patch of another base, BankError when the bank is
         full, RunError for a name that is taken.
@@ -515,9 +522,8 @@ class PatchHandle:
             raise RunError(f"{what} while the model generates: wait for it, or stop its managers.")
 
     def _read(self, patch: Patch | str | os.PathLike[str]) -> Patch:
-        if isinstance(patch, str) and patch.startswith(PREFIX):
-            patch = load(patch)
-        patch = patch if isinstance(patch, Patch) else Patch.load(patch)
+        if not isinstance(patch, Patch):
+            patch = load(patch) if isinstance(patch, str) else Patch.load(patch)
         if self._merged is not None:
             raise RunError(f"{self._merged.name} is merged into the model's table: unmerge it before loading others.")
         self._check_model()

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from ksl_patch.bank import SlotRows
 from ksl_patch.base import find_embedding
-from ksl_patch.errors import PatchError
-from ksl_patch.patch import Patch, Side, timestamp
+from ksl_patch.errors import BaseMismatchError, PatchError
+from ksl_patch.patch import Patch, Side, TemplateMeta, timestamp
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -113,23 +113,33 @@ def import_adapter(
     name: str,
     tokenizer: Any = None,
     language: str | None = None,
+    template: TemplateMeta | None = None,
     licence: str | None = None,
 ) -> tuple[Patch, bool]:
     """The trained tokens of an adapter as a patch, and whether the adapter has more, which is left out.
 
-    model: the base. The rows are rounded to its dtype, as PEFT does when it puts them into the table.
+    model: the base. template: the prompt that it was trained with. The rows are rounded to the base's dtype, as PEFT
+    does when it puts them into the table.
     Raises PatchError, BaseMismatchError.
     """
     table = find_embedding(model)
+    V, d = table.vocab_size, table.hidden_size
     embedding = module_names(model).embedding.rpartition(".")[2]
     rows = read_trainable_tokens(folder, embedding=embedding, tied=table.tied)
     if rows.output and not table.tied:
         raise PatchError(f"{folder} changes the head of a base whose head is not tied, which a patch cannot.")
-    more = read_config(folder).get("peft_type") != "TRAINABLE_TOKENS"
+    config = read_config(folder)
+    if rows.rows.shape[1] != d or int(rows.token_ids.max()) >= V:
+        raise BaseMismatchError(
+            f"{folder} has rows of {rows.rows.shape[1]} values for tokens up to {int(rows.token_ids.max())}, and this "
+            f"base's table has {V} rows of {d}: it was trained on another base (its config names "
+            f"{config.get('base_model_name_or_path') or 'none'})."
+        )
+    more = config.get("peft_type") != "TRAINABLE_TOKENS"
     side: Side = "input+output" if rows.output else "input"
     patch = Patch.from_model(
         model, rows.token_ids, rows.rows, name=name, language=language, tokenizer=tokenizer, side=side,
-        output_rows=rows.output_rows, licence=licence, created=timestamp(),
+        output_rows=rows.output_rows, template=template, licence=licence, created=timestamp(),
     )  # fmt: skip
     return patch, more
 
@@ -158,6 +168,20 @@ def export_trainable_tokens(patch: Patch, folder: Path, names: ModuleNames) -> N
     _write(config, tensors, folder)
 
 
+def lora_bytes(patch: Patch) -> int:
+    """How large the tensors of `export_lora` are. Raises PatchError as that does."""
+    base = patch.meta.base
+    return 4 * _rank(patch) * (base.vocab_size + base.hidden_size)
+
+
+def _rank(patch: Patch) -> int:
+    k = len(patch.token_ids)
+    rank = next((rank for rank in _RANKS if rank >= k), None)
+    if rank is None:
+        raise PatchError(f"the patch has {k} rows, and vLLM's LoRA at most {_RANKS[-1]}.")
+    return rank
+
+
 def export_lora(patch: Patch, folder: Path, names: ModuleNames) -> None:
     """Write a patch as a LoRA of the embedding, which PEFT and vLLM without this package serve.
 
@@ -170,9 +194,7 @@ def export_lora(patch: Patch, folder: Path, names: ModuleNames) -> None:
     if patch.meta.side != "input":
         raise PatchError("the patch changes the head too, which a LoRA of the embedding cannot: see TrainableTokens.")
     k, (V, d) = len(patch.token_ids), (patch.meta.base.vocab_size, patch.meta.base.hidden_size)
-    rank = next((rank for rank in _RANKS if rank >= k), None)
-    if rank is None:
-        raise PatchError(f"the patch has {k} rows, and vLLM's LoRA at most {_RANKS[-1]}.")
+    rank = _rank(patch)
     A, B = torch.zeros(rank, V), torch.zeros(d, rank)
     A[torch.arange(k), patch.token_ids] = 1
     B[:, :k] = (patch.rows.double() - patch.base_rows.double()).T.float()

@@ -240,6 +240,8 @@ def _comparison(patches: Sequence[Patch]) -> dict[str, Any]:
                 [f"{e.loss_base:.3f} → {e.loss_patch:.3f}" if e else "" for e in evaluations],
             ),
         ],
+        "unmeasured": [name for name, found in zip(names, scores, strict=True) if not found],
+        "level": _level([e.confidence for e in evaluations if e and e.systems and e.confidence]),
         "dots": _dots("all", [(name, found, "patch") for name, found in zip(names, scores, strict=True)]),
         "shared": [[str(len(a & b)) for b in ids] for a in ids],
         "same_data": len(
@@ -251,6 +253,11 @@ def _comparison(patches: Sequence[Patch]) -> dict[str, Any]:
         )
         <= 1,
     }
+
+
+def _level(found: list[float]) -> str:
+    """The level of intervals in words: "95%", "90% and 95%"."""
+    return " and ".join(f"{100 * level:.10g}%" for level in sorted(set(found)))
 
 
 def _training(patch: Patch) -> str:

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from ksl_patch.base import is_hub_id
 from ksl_patch.errors import HubError, PatchError
 from ksl_patch.evidence import Evaluation, Figure, against, of_seeds, read, where_from, with_interval
 from ksl_patch.patch import Patch
 
 CARD = "README.md"
-_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
 _TAGS = ("embedding-patch", "ks-lottery")
 _TOKENS = 60
 
@@ -25,7 +25,7 @@ def make_card(patch: Patch, repo: str, file: str, old: str | None, *, base_model
 
     meta = patch.meta
     base = base_model or meta.base.model_id
-    if base is None or not _HUB_ID.fullmatch(base):
+    if base is None or not is_hub_id(base):
         raise HubError(f"the patch's base is {base or 'unnamed'}, not an id on the Hub: name it with --base-model ID.")
     data, text = _parts(old or "", repo)
     data |= {

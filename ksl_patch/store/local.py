@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ksl_patch.errors import PatchError
-from ksl_patch.patch import Patch, check_name, write_atomically
+from ksl_patch.patch import Patch, check_name, is_name, write_atomically
 from ksl_patch.store.hub import PREFIX, fetch
 from ksl_patch.store.root import default_root
 from ksl_patch.store.sign import signature_path
@@ -36,16 +36,19 @@ def is_digest(text: str) -> bool:
 def find(reference: str) -> tuple[Path, Patch]:
     """The file and the patch of a reference: a path, a digest or name of the local store, or hf://ORG/REPO/FILE.
 
-    What is here goes before what is in the store. Raises PatchError.
+    A file that is here goes before what is in the store, and that before a folder. Raises PatchError.
     """
     if reference.startswith(PREFIX):
         path = fetch(reference).path
         return path, Patch.load(path)
     path = Path(reference)
-    if path.exists() or os.sep in reference or reference.endswith(_SUFFIX):
+    is_path = os.sep in reference or reference.endswith(_SUFFIX)
+    if is_path or (path.exists() and not path.is_dir()):
         return path, Patch.load(path)
     store = Store()
-    digest = reference if is_digest(reference) else store.digest(reference)
+    digest = reference if is_digest(reference) else store.digest(reference) if is_name(reference) else None
+    if digest is None and path.is_dir():
+        raise PatchError(f"{reference} is a folder, and the local store has no such name: name a patch file in it.")
     if digest is None:
         raise PatchError(f"cannot read {reference}: there is no such file, and no such name in the local store.")
     return store.path(digest), store.get(digest)

@@ -42,12 +42,16 @@ def certify(
     max_new_tokens = max_new_tokens or token_limit(held_out)
     tuned = build.embedding_patch()
     prompts = [example.prompt for example in held_out.examples]
+    build.reporter.note("next_tokens", f"Comparing the next token after {len(prompts)} prompts ...")
     tokens, margins = next_tokens(build.model, held_out.examples, tuned)
     patched, _ = next_tokens(build.model, held_out.examples, patch)
     outputs = [
-        run(build.model, build.tokenizer, held_out, each, max_new_tokens=max_new_tokens, cache=build.outputs).token_ids
-        for each in (tuned, patch)
-    ]
+        run(
+            build.model, build.tokenizer, held_out, each, max_new_tokens=max_new_tokens, cache=build.outputs,
+            reporter=build.reporter, stage=f"answers: {name}",
+        ).token_ids
+        for name, each in (("embedding tuned", tuned), ("patch", patch))
+    ]  # fmt: skip
     n = len(held_out)
     notes = []
     if part == "dev":

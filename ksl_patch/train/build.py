@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ksl_patch.base import dtype_name, find_embedding, has_other_weights
+from ksl_patch.base import check_base_model, dtype_name, find_embedding, has_other_weights, named_in_files
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.evidence import Evaluation, write
 from ksl_patch.hf import attach, end_token_id, load_base
@@ -39,6 +39,7 @@ from ksl_patch.patch import (
     timestamp,
     write_atomically,
 )
+from ksl_patch.terminal import counted
 from ksl_patch.ticket import (
     DEFAULT_CAP,
     Selection,
@@ -75,6 +76,7 @@ from ksl_patch.train.record import Machine, Record, keep, note_use, read_record,
 from ksl_patch.train.tune import TuneSettings, autocasts, optimiser, tune_rows
 
 Mode = Literal["partial", "transfer"]
+_LOOKED_AT = 64  # pairs, for what a template shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ class BuildConfig:
     pairs: what `read_pairs` takes. strict: a line that is no pair is an error, and not left out.
     rows: tokens named by hand, ids or texts, in place of a selection. group: the pairs' column with their document.
     data_seed: of the split into training, dev and held-out pairs. damp_rare: of the embedding tuning, see
-    `TuneSettings`.
+    `TuneSettings`. base_model: the base's id on the Hub, where it is a folder.
     """
 
     base: str
@@ -123,6 +125,7 @@ class BuildConfig:
     gradient_checkpointing: bool = False
     licence: str | None = None
     device: str | None = None
+    base_model: str | None = None
 
 
 def build(config: BuildConfig, run: Path, reporter: Reporter | None = None) -> Patch:
@@ -162,6 +165,7 @@ class Build:
         languages = config.source_language, config.language
         for language in languages:
             language_name(language)
+        check_base_model(config.base_model)
         if same_language(*languages):
             raise RunError(f"source and target are both {language_name(config.language)}: name another language.")
         reading = Reading(strict=config.strict)
@@ -177,24 +181,19 @@ class Build:
             raise RunError("the pairs are chats (messages), in the chat template's prompts: add --template chat.")
         if reopened is None:
             self._report_pairs(read, reading)
-        self.pairs = split_pairs(
-            read,
-            held_out=config.held_out,
-            dev=config.dev,
-            seed=config.data_seed,
-            limit=config.max_pairs,
-        )
+        self.pairs = split_pairs(read, held_out=config.held_out, dev=config.dev, seed=config.data_seed)
         for event, count, what in (
             ("duplicates", self.pairs.duplicates, "whose source occurs before"),
             ("unused", self.pairs.unused, "of what is held out, a document or a source, and not measured"),
         ):
             if count:
-                reporter.note(event, f"{count} pairs {what} were left out", pairs=count)
+                reporter.note(event, f"left out: {counted(count, 'pair')} {what}", pairs=count)
         # Under a launcher each process has a device of its own.
         state = launched(config.device)
         device = config.device or str(state.device)
         self.processes: int = state.num_processes
         if loaded is None:
+            reporter.note("loading", f"Loading {config.base} ...", base=config.base)
             loaded = Loaded.of(*load_base(config.base, revision=config.revision, device=device))
         if getattr(loaded.model, "is_quantized", False):
             method = getattr(loaded.model.config, "quantization_config", {})
@@ -210,17 +209,39 @@ class Build:
             loaded.identity,
             loaded.scale,
         )
+        if config.base_model is not None:
+            self.base = replace(self.base, model_id=config.base_model)
+        elif reopened is None and "/" not in (self.base.model_id or "/"):
+            named = named_in_files(Path(config.base))
+            message = (
+                f"the patch will call its base {self.base.model_id}, after its folder: --base-model ID says its id on "
+                f"the Hub{f' (its config.json names {named}, which may be what it was tuned from)' if named else ''}"
+            )
+            reporter.note("base_model", message, model_id=self.base.model_id, named=named)
         if config.side == "input+output" and not find_embedding(self.model).tied:
             raise RunError("side 'input+output' is for bases whose head is tied to the embedding; use 'input' here.")
         self.template = template or self._template()
-        self.train = self.encode(self.pairs.train, "training")
+        self.train = self._training()
         self.dev = self.encode(self.pairs.dev, "dev") if self.pairs.dev else Encoded([], [], self.template)
         self.held_out = (
             self.encode(self.pairs.held_out, "held-out") if self.pairs.held_out else Encoded([], [], self.template)
         )
-        self.created = self._once("created.json", {"created": timestamp()})["created"]
         if reopened is None:
-            self._report_learning_rates()
+            self._report_start()
+
+    def _training(self) -> Encoded:
+        """The training pairs as token ids, of those that are not too long the first `max_pairs`."""
+        limit, pairs = self.config.max_pairs, self.pairs.train
+        taken = limit or len(pairs)
+        while len(found := self._encoded(pairs[:taken])) < (limit or 0) and taken < len(pairs):
+            taken *= 2
+        found = found.first(limit)
+        if len(found):
+            pairs = pairs[: pairs.index(found.pairs[-1]) + 1] if limit else pairs
+        self._check_length(pairs, found, "training")
+        if limit:
+            self.pairs = replace(self.pairs, train=found.pairs)
+        return found
 
     def _report_pairs(self, read: Sequence[Pair], reading: Reading) -> None:
         """Which language is which, the first pairs as they will be trained, and what was left out."""
@@ -236,7 +257,7 @@ class Build:
             message = (
                 f"py3langid takes {found:.0%} of the targets for {language_name(config.language)}: is --language right?"
             )
-            self.reporter.note("language", message, recognised=found, language=config.language)
+            self.reporter.doubt("language", message, recognised=found, language=config.language)
         if reading.wrong:
             count = (
                 "1 line is no pair and was" if reading.wrong == 1 else f"{reading.wrong:,} lines are no pairs and were"
@@ -286,7 +307,7 @@ class Build:
     def patch(self) -> Patch:
         """Run whatever is not done yet, and measure the loss of the result on the dev pairs."""
         patch = self.patch_of(self.ticket())
-        patch = patch.with_meta(evaluation=self.losses(patch))
+        patch = patch.with_meta(evaluation=self.losses(patch), created=self._created())
         config = asdict(self.config)
         config["base"] = _resolved(config["base"])
         pairs = config["pairs"]
@@ -337,6 +358,7 @@ class Build:
             return KSResult(saved["statistic"], saved["pvalue"], int(saved["hidden_size"]))
         token_ids, rows = self.embedding()
         before = self._base_rows(token_ids)
+        self.reporter.note("testing", f"Testing {len(token_ids):,} rows ...", rows=len(token_ids))
         tested = ks_test(before, rows)
         statistic, pvalue = np.zeros(self.base.vocab_size), np.ones(self.base.vocab_size)
         statistic[token_ids], pvalue[token_ids] = tested.statistic, tested.pvalue
@@ -407,14 +429,15 @@ class Build:
             )
         return Ticket(np.array([candidates[int(np.argmin(losses))]]), "single")
 
-    def template_tokens(self) -> list[int]:
+    def template_tokens(self, most: int | None = None) -> list[int]:
         """The ids, ascending, that training reads in prompts around the sentence and what else is filled in.
 
-        Raises RunError for a tokenizer that does not say which characters a token covers.
+        most: look at so many pairs only. Raises RunError for a tokenizer that does not say which characters a token
+        covers.
         """
         steps = self.config.steps if self.config.mode == "partial" else self.config.embed_steps
         found: set[int] = set()
-        for i in set(reading_order(len(self.train), steps * self.batch, self.config.seed)):
+        for i in list(set(reading_order(len(self.train), steps * self.batch, self.config.seed)))[:most]:
             filled = source_tokens(self.tokenizer, self.template, self.train.pairs[i], fields=True)
             if filled is None:
                 raise RunError(
@@ -432,14 +455,34 @@ class Build:
         largest = "" if ticket.statistic is None else f", largest D {ticket.statistic.max():.4f}"
         self.reporter.note(
             "ticket",
-            f"ticket: {len(ticket)} rows ({ticket.selection}){largest}",
+            f"ticket (the rows to replace): {counted(len(ticket), 'row')} ({ticket.selection}){largest}",
             selection=ticket.selection,
             token_ids=ticket.token_ids.tolist(),
         )
+        if ticket.selection == ("given" if self.config.rows else self.config.selection):
+            self._report_weak_rows(ticket)
         if self.config.mode == "transfer":
             tuned_ids, rows = self.embedding()
             return rows[torch.searchsorted(tuned_ids, token_ids)]
         return self._tune("partial tuning", "partial", token_ids, self.config.steps, self.config.lr, ticket)
+
+    def _report_weak_rows(self, ticket: Ticket) -> None:
+        """Of a ticket, which rows the test does not call moved, and whether the template has any of them."""
+        level = self.config.alpha or 0.05
+        pvalues = np.zeros(0) if ticket.pvalue is None else ticket.pvalue
+        if weak := int((pvalues >= level).sum()):
+            message = (
+                f"{weak} of these {counted(len(ticket), 'row')} did not move by the test (p >= {level:g}, up to "
+                f"{pvalues.max():.2g}): --top-k alone takes them all the same, and --alpha {level:g} beside it does not"
+            )
+            self.reporter.note("weak_rows", message, rows=weak, alpha=level)
+        with suppress(RunError):  # a slow tokenizer, or a template without words
+            if not set(ticket.token_ids.tolist()) & set(self.template_tokens(_LOOKED_AT)):
+                message = (
+                    "no row of the ticket is of the template around the sentence: the patch acts where a sentence or "
+                    "an answer has these tokens, and nowhere else"
+                )
+                self.reporter.note("outside_template", message)
 
     def patch_from(self, ticket: Ticket, rows: torch.Tensor) -> Patch:
         """The patch of some rows, float32 [k, d], cast to the base's own dtype."""
@@ -459,7 +502,6 @@ class Build:
                 scope=config.scope,
                 template=self.template,
                 licence=config.licence,
-                created=self.created,
             )
         finally:
             table.weight.data = table.weight.data.to(compute)
@@ -514,6 +556,11 @@ class Build:
             "device": self.machine.device,
         }
 
+    def _created(self) -> str:
+        """When a build with these settings ended here first: one that is run again gives the same file."""
+        key = hashlib.sha256(json.dumps(asdict(self.config)).encode()).hexdigest()[:12]
+        return str(self._once(f"created-{key}.json", {"created": timestamp()})["created"])
+
     def losses(self, patch: Patch) -> dict[str, Any] | None:
         """Loss per answer token of the base and the patch on the dev pairs; None when there are none.
 
@@ -521,13 +568,18 @@ class Build:
         """
         if not len(self.dev):
             return None
+        self.reporter.begin("measuring", 2)
+        base = token_loss(self.model, self.dev.examples)
+        self.reporter.step(1)
         result = Evaluation(
             pairs=len(self.dev),
             data_digest=self.dev.digest,
-            loss_base=token_loss(self.model, self.dev.examples),
+            loss_base=base,
             loss_patch=self.patched_loss(patch),
             part="dev",
         )
+        self.reporter.step(2)
+        self.reporter.end()
         self.note_use(self.dev, patch)
         self.reporter.note(
             "dev",
@@ -574,6 +626,7 @@ class Build:
             folder=folder,
             stage=stage,
             reporter=self.reporter,
+            later=config.steps if kind == "embed" and config.mode == "partial" else 0,
         )
 
     @property
@@ -658,9 +711,17 @@ class Build:
 
     def encode(self, pairs: list[Pair], what: str, template: TemplateMeta | None = None) -> Encoded:
         """Pairs as token ids in a template, the build's own by default. Raises RunError when all are too long."""
+        encoded = self._encoded(pairs, template)
+        self._check_length(pairs, encoded, what)
+        return encoded
+
+    def _encoded(self, pairs: list[Pair], template: TemplateMeta | None = None) -> Encoded:
         end = end_token_id(self.model, self.tokenizer)
         encoded = encode(template or self.template, pairs, self.tokenizer, end, self.config.max_length)
         check_ids((e.prompt + e.answer for e in encoded.examples), self.base.vocab_size)
+        return encoded
+
+    def _check_length(self, pairs: list[Pair], encoded: Encoded, what: str) -> None:
         dropped = len(pairs) - len(encoded)
         if not len(encoded):
             raise RunError(f"every {what} pair is longer than {self.config.max_length} tokens; raise --max-length.")
@@ -670,16 +731,19 @@ class Build:
                 f"{dropped} of {len(pairs)} {what} pairs were left out: longer than {self.config.max_length} tokens",
                 pairs=dropped,
             )
-        return encoded
 
-    def _report_learning_rates(self) -> None:
+    def _report_start(self) -> None:
         config, processes = self.config, self.processes
+        together = f", {processes} processes" if processes > 1 else ""
+        lines = [
+            f"{len(self.train)} pairs to train, {len(self.dev)} for choices, {len(self.held_out)} held out{together}",
+            f"learning rates {config.embed_lr * self.scale:.3g} (embedding) and {config.lr * self.scale:.3g} (rows), "
+            f"which are {config.embed_lr:g} and {config.lr:g} of the standard deviation of the table's values, "
+            f"{self.scale:.3g}",
+        ]
         self.reporter.note(
             "start",
-            f"{len(self.train)} pairs to train, {len(self.dev)} for choices, {len(self.held_out)} held out"
-            f"{f', {processes} processes' if processes > 1 else ''}; the table's values have the standard deviation "
-            f"{self.scale:.4g}, so the learning rates are {config.embed_lr:g} x that = "
-            f"{config.embed_lr * self.scale:.3g} (embedding) and {config.lr:g} x = {config.lr * self.scale:.3g} (rows)",
+            "\n".join(lines),
             pairs=len(self.train),
             dev=len(self.dev),
             held_out=len(self.held_out),

@@ -1,4 +1,4 @@
-"""A patch beside the base, the tuned embedding it came from, and the controls it must beat to mean anything."""
+"""A patch beside the base, the tuned embedding it came from, and controls: other rows, as many, in its place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ksl_patch.errors import DataError, RunError
-from ksl_patch.evidence import CONTROLS, Evaluation, Occurrence, Sample, SystemScores
+from ksl_patch.evidence import CONTROLS, SYSTEMS, Evaluation, Occurrence, Sample, SystemScores
 from ksl_patch.hf import end_token_id
 from ksl_patch.patch import Patch
 from ksl_patch.train.build import Build
@@ -113,18 +113,19 @@ def evaluate(
     )  # fmt: skip
     max_new_tokens = max_new_tokens or token_limit(held_out)
 
-    def of(patch: Patch | None) -> Outputs:
-        return run(model, tokenizer, held_out, patch, max_new_tokens=max_new_tokens, cache=cache)
+    def of(patch: Patch | None, name: str) -> Outputs:
+        return run(
+            model, tokenizer, held_out, patch, max_new_tokens=max_new_tokens, cache=cache, reporter=reporter,
+            stage=f"answers: {SYSTEMS.get(name, name)}",
+        )  # fmt: skip
 
-    reporter.begin("evaluation", 1 + sum(map(len, systems.values())))
-    base, done = of(None), 1
-    reporter.step(done)
+    base = of(None, "base")
     scores = [SystemScores(name="base", rows=[0], seeds=[], figures=scorer.of_base(base))]
     runs: dict[str, list[Outputs]] = {}
     for name, patches in systems.items():
         for patch in patches.values():
-            runs.setdefault(name, []).append(of(patch))
-            reporter.step(done := done + 1)
+            runs.setdefault(name, []).append(of(patch, name))
+    reporter.note("scoring", f"Scoring, with {scorer.resamples:,} resamples of the text ...")
     for name, patches in systems.items():
         scores.append(
             SystemScores(
@@ -135,7 +136,6 @@ def evaluate(
                 split=scorer.split(runs[name][0], base),
             )
         )
-    reporter.end()
     seeds = len(systems["patch"])
     rows, about_rows = occurrences(tokenizer, held_out, own)
     assumed = source_language is None and any("in_language" in score.figures for score in scores)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from ksl_patch.patch import Patch, write_atomically
 from ksl_patch.train.data import IGNORED, Encoded, Example, collate
 from ksl_patch.train.language import recogniser
 from ksl_patch.train.loss import answer_logits
+from ksl_patch.train.progress import Reporter, SilentReporter
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,16 @@ def translate(
     *,
     max_new_tokens: int,
     batch_size: int = 16,
+    advance: Callable[[int], None] | None = None,
 ) -> list[Completion]:
     """Greedy output for the prompt of each example, with a patch or, for None, the base.
 
-    What ends the examples' answers ends an output too.
+    What ends the examples' answers ends an output too. advance: is told how many more have their output.
     """
     prompts = [example.prompt for example in examples]
     return generate(
         model, tokenizer, prompts, [patch] * len(prompts), max_new_tokens=max_new_tokens, batch_size=batch_size,
-        ends=[example.answer[-1] for example in examples],
+        ends=[example.answer[-1] for example in examples], advance=advance,
     )  # fmt: skip
 
 
@@ -131,8 +133,17 @@ def run(
     *,
     max_new_tokens: int,
     cache: Cache | None = None,
+    reporter: Reporter | None = None,
+    stage: str = "",
 ) -> Outputs:
-    """What the model does with a patch, or, for None, by itself."""
+    """What the model does with a patch, or, for None, by itself. reporter: is told of it as `stage`."""
+    reporter, done = reporter or SilentReporter(), 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        reporter.step(done)
+
     file = None
     if cache is not None:
         file = cache.file(
@@ -141,13 +152,14 @@ def run(
         )  # fmt: skip
         with suppress(OSError, ValueError, TypeError):  # none yet, or one that was cut
             return Outputs(**json.loads(file.read_bytes()))
+    reporter.begin(stage, len(held_out))
     with attach(model) as handle:
         slot = 0 if patch is None else handle.bank.add(slot_rows(patch))
         with handle.serving(slot):
             losses, tokens = answer_losses(model, held_out.examples, handle=handle)
-    outputs = of_completions(
-        translate(model, tokenizer, held_out.examples, patch, max_new_tokens=max_new_tokens), losses, tokens
-    )
+    completions = translate(model, tokenizer, held_out.examples, patch, max_new_tokens=max_new_tokens, advance=advance)
+    reporter.end()
+    outputs = of_completions(completions, losses, tokens)
     if file is not None:
         write_atomically(file, json.dumps(asdict(outputs), ensure_ascii=False).encode())
     return outputs

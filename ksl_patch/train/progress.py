@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol
 
-from rich.prompt import Confirm
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.prompt import Confirm
 
 from ksl_patch.errors import RunError
 from ksl_patch.terminal import PlainConsole, visible
@@ -59,7 +61,8 @@ class _Pace:
 
     def __init__(self) -> None:
         self._said = False
-        self._total, self._later = 0, None
+        self._total = 0
+        self._later: int | None = None
         self._first: tuple[int, float] | None = None
 
     def begin(self, total: int, later: int | None) -> None:
@@ -137,7 +140,7 @@ class RichReporter:
 
     def __init__(self, console: PlainConsole | None = None, *, ask: bool = False) -> None:
         self._console = console or PlainConsole(stderr=True)
-        self._ask = ask and self._console.is_terminal
+        self._ask = ask and self._console.is_terminal and sys.stdin.isatty()
         self._progress = Progress(
             TextColumn("{task.description:<20}"),
             BarColumn(),
@@ -170,7 +173,10 @@ class RichReporter:
             self.note(event, f"Warning: {message}")
             return
         self._progress.stop()
-        if not Confirm.ask(f"{visible(message)} Go on?", console=self._console, default=False):
+        sure = False
+        with suppress(EOFError):
+            sure = Confirm.ask(f"{visible(message)} Go on?", console=self._console, default=False)
+        if not sure:
             raise RunError("stopped, as you said: nothing was trained.")
         self._progress.start()
 

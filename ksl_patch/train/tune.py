@@ -74,12 +74,14 @@ def tune_rows(
     folder: Path,
     stage: str,
     reporter: Reporter,
+    later: int | None = None,
 ) -> torch.Tensor:
     """Train the rows of `token_ids` (int64 [k]) from the base's values; returns them as float32 [k, d].
 
     examples: what is read, in this order: steps x batch_size x accumulate of them, for each process.
     The optimiser holds k x d numbers; the model's own weights are frozen and never copied. Checkpoints in
     `folder` let a killed run continue to the same result; a finished stage is read back from `rows.safetensors`.
+    later: steps of the stages that follow, for the time left.
     """
     done = folder / "rows.safetensors"
     if done.is_file():
@@ -93,7 +95,7 @@ def tune_rows(
     base_rows = find_embedding(model).weight.detach()[token_ids.to(model.device)].float()
     slot = SlotRows(token_ids, base_rows, output=side == "input+output", prompt_only=scope == "prompt")
     with _alone(folder), training(model, slot) as trained, _evaluating_after(model):
-        progress = _Progress(stage, reporter)
+        progress = _Progress(stage, reporter, later)
         trainer = _RowTrainer(
             model=model,
             args=_arguments(settings, folder, model.device, trained.rows.numel()),
@@ -248,8 +250,8 @@ class _RowTrainer(Trainer):  # type: ignore[misc]
 class _Progress(TrainerCallback):  # type: ignore[misc]
     """Passes the Trainer's events on, stops at a loss that is no number, and marks finished checkpoints."""
 
-    def __init__(self, stage: str, reporter: Reporter) -> None:
-        self._stage, self._reporter = stage, reporter
+    def __init__(self, stage: str, reporter: Reporter, later: int | None) -> None:
+        self._stage, self._reporter, self._later = stage, reporter, later
         self.interrupted = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -258,7 +260,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            self._reporter.begin(self._stage, state.max_steps)
+            self._reporter.begin(self._stage, state.max_steps, self._later)
             if state.global_step:
                 self._reporter.note(
                     "resumed", f"{self._stage}: continues at step {state.global_step}", step=state.global_step
