@@ -23,9 +23,9 @@ class PlainConsole(Console):
         return super().render_str(visible(text), **options)
 
 
-def counted(number: int, thing: str) -> str:
-    """A number of things: "1 row", "1,200 rows"."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    """A number of things: "1 row", "1,200 rows"; things: the plural, where it is not with an s."""
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
 
 
 def visible(text: str) -> str:

@@ -9,7 +9,8 @@ WORDS = {
     "their tokens are, or by hand.",
     "D": "The Kolmogorov-Smirnov statistic of a row, from 0 to 1: how far the distribution of its values moved in the "
     "tuned embedding. The rows of the largest D are the ticket.",
-    "p": "The test's p-value of a row's D. It ranks the rows and is no calibrated probability.",
+    "p": "The test's p-value of a row's D. It ranks the rows and is no calibrated probability: values before and after "
+    "are paired, and the test takes them to be independent.",
     "template": "The prompt that a patch was trained in, with {source} where the sentence stands. A patch does little "
     "outside it, so --apply-template puts a sentence into it.",
     "side": "What the rows replace: those of the embedding (input), or of the embedding and of the head that shares "
@@ -22,8 +23,8 @@ WORDS = {
     "held-out pairs": "Sentence pairs that a build set aside for figures: they train nothing and choose nothing. The "
     "dev pairs are others, for choices between builds.",
     "control": "Other rows in the patch's place, as many: what they gain is not owed to the choice of the rows.",
-    "noise": "The control whose rows are the patch's own, moved as far in a random direction: what it gains is not "
-    "owed to what was learnt.",
+    "noise": "The control named 'random change, same norms': the patch's own rows, moved as far in a random direction. "
+    "What it gains is not owed to what was learnt.",
     "stops by itself": "An output that ends with the model's end token, and not at the limit of new tokens.",
     "first line": "An output up to its first line break. A gain that the raw output has and its first line has not is "
     "a model that learnt to stop.",

@@ -20,7 +20,7 @@ from rich.text import Text
 
 import ksl_patch
 from ksl_patch.cli.options import PATH_OR_ID
-from ksl_patch.terminal import PlainConsole
+from ksl_patch.terminal import PlainConsole, counted
 
 _MARKS = {
     "ok": Text("ok", "green"),
@@ -51,7 +51,7 @@ def doctor(base: str | None, as_json: bool) -> None:
     findings = []
     table = Table(show_edge=False)
     for column in ("", "", "", "what to do"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     checks: list[Callable[[], Iterator[Finding]]] = [_versions, _devices, _vllm, _store, _hub]
     if base is not None:
         checks.insert(3, functools.partial(_base, base))
@@ -186,7 +186,9 @@ def _store() -> Iterator[Finding]:
         yield Finding("store", "error", str(error), "delete the file, and add the patch again")
         return
     nbytes = sum(entry.nbytes for entry in entries)
-    yield Finding("store", "ok", f"{len(entries) - damaged} patches, {nbytes:,} bytes in {store.root}")
+    yield Finding(
+        "store", "ok", f"{counted(len(entries) - damaged, 'patch', 'patches')}, {nbytes:,} bytes in {store.root}"
+    )
 
 
 def _hub() -> Iterator[Finding]:

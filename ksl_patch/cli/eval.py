@@ -82,11 +82,14 @@ def eval(
         print(it.as_json(result))
         return
     from ksl_patch.terminal import PlainConsole
+    from ksl_patch.words import explain
 
     console = PlainConsole(width=None if PlainConsole().is_terminal else 140)
     console.print(table(result, console.width))
     for sentence in (where_from(result), which_occur(result)):
         console.print(sentence)
+    named = ["stops by itself", *(["noise"] if any(system.name == "noise" for system in result.systems) else [])]
+    console.print(explain(*named))
     for note in result.notes:
         console.print(f"Note: {note}")
     if it.target is not None:

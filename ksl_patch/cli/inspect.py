@@ -64,8 +64,9 @@ def _print(patch: Patch, size: int, limit: int) -> None:
     from rich.table import Table
 
     from ksl_patch.errors import PatchError
-    from ksl_patch.evidence import P_RANKS, Evaluation, in_words, occurrence_table, read, which_occur
-    from ksl_patch.terminal import PlainConsole
+    from ksl_patch.evidence import Evaluation, in_words, occurrence_table, read, which_occur
+    from ksl_patch.terminal import PlainConsole, counted
+    from ksl_patch.words import explain
 
     meta, base = patch.meta, patch.meta.base
     console = PlainConsole()
@@ -79,15 +80,21 @@ def _print(patch: Patch, size: int, limit: int) -> None:
 
     fact("patch", meta.name)
     fact("language", meta.language)
-    fact("digest", patch.digest)
-    fact("size", f"{len(patch.token_ids)} rows of {base.hidden_size} in {base.dtype}, {size:,} bytes")
-    fact("side, scope", f"{meta.side}, {meta.scope}")
+    fact("digest", f"{patch.digest} (of what it does)")
+    fact("size", f"{counted(len(patch.token_ids), 'row')} of {base.hidden_size} in {base.dtype}, {size:,} bytes")
+    side = "the embedding's rows" if meta.side == "input" else "the embedding's rows and the head's"
+    fact("side", f"{meta.side}: {side}")
+    fact(
+        "scope", f"{meta.scope}: the rows act in the prompt{' alone' if meta.scope == 'prompt' else ' and the answer'}"
+    )
     fact("base", f"{base.model_id or 'unnamed'}{'@' + base.revision if base.revision else ''}, {base.vocab_size} tokens"
          f"{', tied head' if base.tied else ''}, fingerprint {base.fingerprint[:12]}")  # fmt: skip
     if meta.template:
         fact("template", repr(meta.template.text))
     if meta.ticket:
-        fact("ticket", meta.ticket.rule)
+        level = meta.ticket.alpha or 0.05
+        weak = sum(p >= level for p in meta.ticket.pvalue or ())
+        fact("ticket", meta.ticket.rule + (f", {counted(weak, 'row')} of these with p >= {level:g}" if weak else ""))
     if meta.training:
         t = meta.training
         fact("training", f"{t.mode}, read {t.read}, {t.embed_steps} embedding steps at lr {t.embed_lr:.3g}, "
@@ -107,11 +114,12 @@ def _print(patch: Patch, size: int, limit: int) -> None:
         evaluation = read(Evaluation, meta.evaluation)
     except PatchError:  # another tool's
         evaluation = None
-    counted, occur = occurrence_table(evaluation)
+    parts, occur = occurrence_table(evaluation)
     rows = sorted(patch.row_facts(), key=lambda row: -(row["statistic"] or 0))
     table = Table(box=None, pad_edge=False)
-    for name in ("id", "token", "D", "p", "|base|", "|change|", *counted):
-        table.add_column(name, justify="left" if name == "token" else "right")
+    for name in ("id", "token", "D", "p", "|base|", "|change|", *parts):
+        is_text = name == "token"
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for row in rows[:limit]:
         table.add_row(
             str(row["token_id"]),
@@ -125,10 +133,10 @@ def _print(patch: Patch, size: int, limit: int) -> None:
             *occur.get(row["token_id"], ()),
         )
     console.print(table)
-    if evaluation is not None and counted:
-        where = f"{', '.join(counted[:-1])}: how often the token is read there in the {evaluation.what}. "
+    if evaluation is not None and parts:
+        where = f"{', '.join(parts[:-1])}: how often the token is read there in the {evaluation.what}. "
         console.print(where + which_occur(evaluation))
     if meta.ticket and meta.ticket.pvalue:
-        console.print(f"p {P_RANKS}.")
+        console.print(explain("D", "p"))
     if len(rows) > limit:
         console.print(f"... and {len(rows) - limit} more; --rows shows them")

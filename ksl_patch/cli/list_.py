@@ -18,9 +18,11 @@ def list_(as_json: bool) -> None:
     from ksl_patch.store.local import Store
 
     store = Store()
-    table = Table(title=f"{store.root}", title_justify="left")
+    caption = "digest: of what a patch does; `ksl-patch words digest`"
+    table = Table(title=f"{store.root}", title_justify="left", caption=caption, caption_justify="left")
     for column in ("name", "language", "rows", "bytes", "base", "digest"):
-        table.add_column(column, justify="right" if column in ("rows", "bytes") else "left")
+        is_text = column in ("name", "language", "base")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for entry in store.entries():
         found = {"names": list(entry.names), "digest": entry.digest, "bytes": entry.nbytes}
         try:
