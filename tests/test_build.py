@@ -34,6 +34,8 @@ class Recorder(SilentReporter):
     def note(self, event, message, **values):
         self.notes.append((event, message, values))
 
+    doubt = note
+
     def begin(self, stage, total, later=None):
         self.begun.append(stage)
 

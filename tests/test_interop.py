@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from test_hf import overwritten, some_patch
 
 from ksl_patch import Patch, attach
-from ksl_patch.errors import PatchError
+from ksl_patch.errors import BaseMismatchError, PatchError
 from ksl_patch.interop import peft
 
 IDS = [3, 17, 40, 250, 399]
@@ -51,6 +51,35 @@ def test_an_imported_adapter_gives_peft_s_own_logits(tmp_path, tied):
         found = logits(model)
     torch.testing.assert_close(found, logits(tuned), rtol=0, atol=0 if not tied else 1e-5)
     assert not torch.equal(found, logits(model))
+
+
+def test_an_import_keeps_its_template_and_names_another_base(tmp_path, base_folder, monkeypatch):
+    model = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+    config = TrainableTokensConfig(token_indices=[40, 3, 17], target_modules=["embed_tokens"])
+    adapter(model, config, tmp_path / "tt")
+    common = ["import", tmp_path / "tt", "--base", base_folder, "-o", tmp_path / "p.safetensors", "--force"]
+    code, _, err = run_cli(*common)
+    assert code == 0
+    assert "it names no prompt template" in err
+    code, _, err = run_cli(*common, "--language", "sw", "--template", "plain", "--base-model", "org/tiny")
+    assert code == 0
+    meta = Patch.load(tmp_path / "p.safetensors").meta
+    assert meta.template.text.startswith("Translate this sentence from English to Swahili.\nEnglish: {source}")
+    assert (meta.language, meta.base.model_id) == ("sw", "org/tiny")
+    assert run_cli(*common, "--template", "{source} =>")[0] == 0
+    assert Patch.load(tmp_path / "p.safetensors").meta.template.text == "{source} =>"
+    for more, sentence in (
+        (["--template", "plain"], "give --language"),
+        (["--system", "x"], "--system is of --template chat"),
+        (["--template", "x"], "'{source}' exactly once"),
+        (["--base-model", "x"], "not a model's id"),
+    ):
+        code, _, err = run_cli(*common, *more)
+        assert code
+        assert sentence in err
+    for other in (tiny_llama(hidden_size=48), tiny_llama(vocab_size=20)):
+        with pytest.raises(BaseMismatchError, match="it was trained on another base"):
+            peft.import_adapter(tmp_path / "tt", other, name="x")
 
 
 def test_trained_positions_are_not_taken_for_tokens(tmp_path):
@@ -140,6 +169,7 @@ def test_the_commands(base_folder, tmp_path):
     assert (code, json.loads(out)["format"]) == (0, "trainable-tokens")
     assert peft.read_trainable_tokens(out_folder, tied=True).token_ids.tolist() == IDS
     code, out, err = run_cli(*command, "--format", "lora")
+    assert "Writing 0.0 MB: a LoRA of the embedding has a column for each of the base's 400 tokens" in err
     assert (code, "not an empty folder" in err) == (1, True)
     code, out, err = run_cli("import", tmp_path, "--base", base_folder, "-o", tmp_path / "x.safetensors")
     assert code == 1

@@ -1,6 +1,7 @@
 """What a newcomer trips over: names that move, files of prompts, interrupts, mistyped words."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,11 @@ import transformers
 from conftest import run_cli, tiny_llama
 from test_hf import IDS, some_patch
 
-from ksl_patch import Patch
-from ksl_patch.errors import RunError
+from ksl_patch import Patch, attach
+from ksl_patch.errors import PatchError, RunError
 from ksl_patch.hf import load_base
 from ksl_patch.patch import TemplateMeta
-from ksl_patch.store.local import Store
+from ksl_patch.store.local import Store, find
 
 
 @pytest.fixture
@@ -36,9 +37,13 @@ def test_a_name_of_the_store_moves_to_another_language_or_base_when_told(home, m
     second = save(model, 2, home / "b.safetensors", name="es", language="es")
     save(model, 3, home / "c.safetensors", name="es", language="ru")
     save(tiny_llama(seed=4), 4, home / "d.safetensors", name="es", language="es")
-    assert run_cli("add", home / "a.safetensors")[1] == f"es: {first.digest}\n"
-    assert run_cli("add", home / "a.safetensors")[1] == f"es: {first.digest}\n"
-    assert run_cli("add", home / "b.safetensors")[1] == f"es: {second.digest}, was {first.digest[:12]}\n"
+    assert (
+        run_cli("add", home / "a.safetensors")[1] == f"es: {first.digest}, the name inside {home / 'a.safetensors'}\n"
+    )
+    assert (
+        run_cli("add", home / "a.safetensors")[1] == f"es: {first.digest}, the name inside {home / 'a.safetensors'}\n"
+    )
+    assert run_cli("add", home / "b.safetensors")[1].startswith(f"es: {second.digest}, was {first.digest[:12]}")
     for other in ("c", "d"):
         code, _, err = run_cli("add", home / f"{other}.safetensors")
         assert code == 2
@@ -132,6 +137,110 @@ def test_an_interrupt_keeps_the_step_it_is_in(home, base_folder, pairs_file):
     again.communicate()
     assert event["event"] == "resumed"
     assert event["step"] >= step
+
+
+def test_a_folder_does_not_hide_a_name_of_the_store(home, model, monkeypatch):
+    patch = save(model, 1, home / "a.safetensors", name="sv", language="sv")
+    run_cli("add", home / "a.safetensors")
+    monkeypatch.chdir(home)
+    (home / "sv").mkdir()
+    assert find("sv")[1].digest == patch.digest
+    code, _, err = run_cli("inspect", "home")
+    assert code == 1
+    assert "home is a folder, and the local store has no such name: name a patch file in it." in err
+    # A file goes before the store, whatever its name.
+    (home / "sv").rmdir()
+    other = some_patch(model, 2, IDS[:3])
+    other.save(home / "sv")
+    assert find("sv")[1].digest == other.digest
+    # In Python too, and the handle says what it has.
+    (home / "sv").unlink()
+    with attach(model) as handle:
+        assert repr(handle) == "<PatchHandle of LlamaForCausalLM: no patches>"
+        assert handle.load("sv") == "sv"
+        assert handle.digest("sv") == patch.digest
+        assert repr(handle) == f"<PatchHandle of LlamaForCausalLM: sv {patch.digest[:12]}>"
+        with pytest.raises(PatchError, match="no such name in the local store"):
+            handle.load("sw")
+    assert repr(handle).startswith("<PatchHandle of LlamaForCausalLM, detached:")
+    code, out, _ = run_cli("add", home / "a.safetensors")
+    assert out == f"sv: {patch.digest}, the name inside {home / 'a.safetensors'}\n"
+
+
+def test_two_builds_to_one_file_do_not_overwrite(home, base_folder, pairs_file, monkeypatch):
+    from ksl_patch.train import build as module
+
+    output = home / "es.safetensors"
+    made = module.build
+
+    def slow(*arguments):
+        output.write_bytes(b"another's")
+        return made(*arguments)
+
+    monkeypatch.setattr(module, "build", slow)
+    command = ["build", "--base", base_folder, "--pairs", pairs_file, "--language", "es", "-o", output, "--top-k", 3]
+    command += ["--embed-steps", 2, "--steps", 2, "--dev", 8, "--held-out", 8]
+    code, _, err = run_cli(*command)
+    assert code == 1
+    assert f"{output} was written by something else meanwhile" in err
+    assert output.read_bytes() == b"another's"
+    assert run_cli(*command, "--force")[0] == 0
+
+
+def test_a_patch_says_when_it_was_made_and_the_same_build_says_the_same(home, base_folder, pairs_file, monkeypatch):
+    command = ["build", "--base", base_folder, "--pairs", pairs_file, "--language", "es", "--resume", home / "run"]
+    command += ["--embed-steps", 2, "--steps", 2, "--dev", 8, "--held-out", 8]
+    created = []
+    for day, k in enumerate((3, 4, 3)):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", str(86400 * day))
+        assert run_cli(*command, "--top-k", k, "-o", home / "es.safetensors", "--force")[0] == 0
+        created.append(Patch.load(home / "es.safetensors").meta.created[:10])
+    assert created == ["1970-01-01", "1970-01-02", "1970-01-01"]
+
+
+def test_max_pairs_counts_what_is_trained_on(home, base_folder):
+    long = "word " * 200
+    lines = [{"source": f"The cat {i} {long if i % 2 else ''}", "target": f"El gato {i}"} for i in range(120)]
+    (home / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["build", "--base", base_folder, "--pairs", home / "p.jsonl", "--language", "es", "--top-k", 3]
+    command += ["--embed-steps", 2, "--steps", 2, "--dev", 8, "--held-out", 8, "--max-pairs", 20, "--max-length", 96]
+    code, _, err = run_cli(*command, "-o", home / "es.safetensors")
+    assert code == 0
+    assert "20 pairs to train" in err
+    assert "training pairs were left out: longer than 96 tokens" in err
+    assert Patch.load(home / "es.safetensors").meta.training.pairs == 20
+    # And eval finds the same training pairs again.
+    assert run_cli("eval", home / "es.safetensors", "--controls", "none", "--max-new-tokens", 2)[0] == 0
+
+
+def test_the_base_has_an_id_of_the_hub_where_one_is_given(home, base_folder, pairs_file):
+    folder = home / "mine"
+    shutil.copytree(base_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": "org/base"}))
+    command = ["build", "--base", folder, "--pairs", pairs_file, "--language", "es", "--top-k", 3, "--force"]
+    command += ["--embed-steps", 2, "--steps", 2, "--dev", 8, "--held-out", 8, "-o", home / "es.safetensors"]
+    code, _, err = run_cli(*command)
+    assert code == 0
+    assert "call its base mine, after its folder: --base-model ID says its id on the Hub" in err
+    assert "its config.json names org/base, which may be what it was tuned from" in err
+    assert Patch.load(home / "es.safetensors").meta.base.model_id == "mine"
+    code, _, err = run_cli(*command, "--base-model", "org/own")
+    assert code == 0
+    assert "after its folder" not in err
+    assert Patch.load(home / "es.safetensors").meta.base.model_id == "org/own"
+    for bad in ("own", "a/b/c", "org/../x"):
+        code, _, err = run_cli(*command, "--base-model", bad)
+        assert code == 1
+        assert "is not a model's id on the Hub" in err
+
+
+def test_a_ticket_outside_the_template_is_said(home, base_folder, pairs_file):
+    command = ["build", "--base", base_folder, "--pairs", pairs_file, "--language", "es", "--force"]
+    command += ["--embed-steps", 2, "--steps", 2, "--dev", 8, "--held-out", 8, "-o", home / "es.safetensors"]
+    said = "no row of the ticket is of the template around the sentence"
+    assert said in run_cli(*command, "--rows", " gato")[2]
+    assert said not in run_cli(*command, "--rows", "\\n")[2]
 
 
 def test_mistyped_words_are_answered_with_the_right_one(base_folder):

@@ -48,7 +48,8 @@ def diff(first: str, second: str, rows: int, as_json: bool) -> None:
         tokens = token_texts(a, b)
         table = Table(box=None, pad_edge=False)
         for name in ("", "id", "token", "cosine of the changes", "norm of the difference"):
-            table.add_column(name, justify="left" if name in ("", "token") else "right")
+            is_text = name in ("", "token")
+            table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
         lines = [("+", i, "", "") for i in found.added] + [("-", i, "", "") for i in found.removed]
         lines += [("~", row.token_id, f"{row.cosine:.3f}", f"{row.norm:.3f}") for row in found.changed]
         for mark, i, *numbers in lines[:rows]:

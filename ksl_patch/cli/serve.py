@@ -284,7 +284,7 @@ def _plugins() -> str:
 def _show(base: str, served: list[tuple[str, str, Patch | None, int]]) -> None:
     table = Table(title=f"Serving {base}", title_justify="left", caption="the base itself is served by its own name")
     for column in ("model", "language", "rows", "digest", "template"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column in ("rows", "digest"), overflow="fold")
     for name, path, patch, _ in served:
         if patch is None:
             table.add_row(name, "", "", path, "")

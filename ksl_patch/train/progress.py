@@ -151,7 +151,7 @@ class RichReporter:
             disable=not self._console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._stage, self._total, self._loss = "", 0, ""
+        self._stage, self._total, self._done, self._loss = "", 0, 0, ""
         self._pace = _Pace()
 
     def __enter__(self) -> RichReporter:
@@ -182,7 +182,7 @@ class RichReporter:
 
     def begin(self, stage: str, total: int, later: int | None = None) -> None:
         """A new bar."""
-        self._stage, self._total, self._loss = stage, total, ""
+        self._stage, self._total, self._done, self._loss = stage, total, 0, ""
         self._pace.begin(total, later)
         self._task = self._progress.add_task(stage, total=total, loss="")
 
@@ -194,10 +194,12 @@ class RichReporter:
         self._progress.update(self._task, completed=done, loss=self._loss)
         if pace := self._pace.step(done):
             self.note("pace", _Pace.in_words(*pace))
-        if not self._console.is_terminal and done % max(1, self._total // 5) == 0:
+        fifth = max(1, self._total // 5)
+        if not self._console.is_terminal and (done == self._total or done // fifth > self._done // fifth):
             left = self._progress.tasks[-1].time_remaining
             more = f", {duration(left)} left" if left else ""
             self.note("step", f"{self._stage}: {done}/{self._total} {self._loss}".rstrip() + more)
+        self._done = done
 
     def end(self) -> None:
         """The bar stays as it is."""
