@@ -287,9 +287,6 @@ def test_the_base_is_looked_at_before_anything_starts(files):
     for arguments, why in (
         ([files / "none" / "x", "--patch", files / "es.safetensors"], "there is no folder"),
         (["b", "--patch", files / "es.safetensors", "--patch", f"w={files / 'wide.safetensors'}"], "different bases"),
-            ["b", "--patch", files / "es.safetensors", "--patch", f"w={files / 'wide.safetensors'}"],
-            "of different bases",
-        ),
         (["es", "--patch", files / "es.safetensors"], "a patch is called es, as the base is"),
         (["b", "--max-loras", 3], "--slots says how many"),
         (["b", "--max_loras=3"], "--slots says how many"),
