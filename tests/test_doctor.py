@@ -26,7 +26,7 @@ def test_a_sound_machine(home, model):
     found = findings(out)
     assert code == 0, (out, err)
     assert {"ksl-patch", "torch", "transformers", "peft", "vLLM", "store", "Hub"} <= found.keys()
-    assert found["store"]["detail"].startswith("1 patches")
+    assert found["store"]["detail"].startswith("1 patch, ")
     assert found["Hub"]["detail"].startswith("offline")
     assert "transformers" in run_cli("doctor")[1]
 

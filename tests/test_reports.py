@@ -175,8 +175,7 @@ def test_other_settings_are_kept_or_refused(patch_file, base_folder, flags, mess
     code, out, err = run_cli("serve", base_folder, "--patch", patch_file, "--dry-run", "--json", *flags)
     if message is not None:
         assert code == 1
-        assert err.startswith("Error: ")
-        assert message in err
+        assert message in json.loads(err)["error"]
     else:
         command = json.loads(out)["command"]
         settings = json.loads(command[command.index("--additional-config") + 1])

@@ -195,13 +195,6 @@ class Build:
         if loaded is None:
             reporter.note("loading", f"Loading {config.base} ...", base=config.base)
             loaded = Loaded.of(*load_base(config.base, revision=config.revision, device=device))
-        if getattr(loaded.model, "is_quantized", False):
-            method = getattr(loaded.model.config, "quantization_config", {})
-            kind = getattr(method, "quant_method", None) or "some method"
-            raise RunError(
-                f"the base is quantised ({getattr(kind, 'value', kind)}), and rows are trained on the whole one: build "
-                "with that, and the patch is served on both."
-            )
         self.loaded = loaded
         self.model, self.tokenizer, self.base, self.scale = (
             loaded.model,
@@ -568,18 +561,14 @@ class Build:
         """
         if not len(self.dev):
             return None
-        self.reporter.begin("measuring", 2)
-        base = token_loss(self.model, self.dev.examples)
-        self.reporter.step(1)
+        self.reporter.note("measuring", f"Measuring the loss on {len(self.dev)} dev pairs ...", pairs=len(self.dev))
         result = Evaluation(
             pairs=len(self.dev),
             data_digest=self.dev.digest,
-            loss_base=base,
+            loss_base=token_loss(self.model, self.dev.examples),
             loss_patch=self.patched_loss(patch),
             part="dev",
         )
-        self.reporter.step(2)
-        self.reporter.end()
         self.note_use(self.dev, patch)
         self.reporter.note(
             "dev",

@@ -30,7 +30,16 @@ class Loaded:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any) -> Loaded:
-        """Look at a model, and cast it where that is better to compute in and exact for its values."""
+        """Look at a model, and cast it where that is better to compute in and exact for its values.
+
+        Raises RunError for a quantised one.
+        """
+        if getattr(model, "is_quantized", False):
+            method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None) or "some method"
+            raise RunError(
+                f"the base is quantised ({getattr(method, 'value', method)}), and rows are trained on the whole one: "
+                "build with that, and the patch is served on both."
+            )
         table = find_embedding(model)
         identity, digest = identify(model, tokenizer), model_digest(model, tokenizer)
         dtype, scale = table.weight.dtype, float(table.weight.detach().float().std())
