@@ -184,7 +184,7 @@ class Build:
         self.pairs = split_pairs(read, held_out=config.held_out, dev=config.dev, seed=config.data_seed)
         for event, count, what in (
             ("duplicates", self.pairs.duplicates, "whose source occurs before"),
-            ("unused", self.pairs.unused, "of what is held out, a document or a source, and not measured"),
+            ("unused", self.pairs.unused, "of documents or sources that are held out, beyond those that are measured"),
         ):
             if count:
                 reporter.note(event, f"left out: {counted(count, 'pair')} {what}", pairs=count)
