@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 
-import pexpect
 import pytest
 
 # What starts the shell, and what gives it completion.
@@ -36,6 +35,8 @@ TYPED = {
 @pytest.fixture(params=SHELLS)
 def shell(request, tmp_path):
     """A shell in a folder with some files, whose `ksl-patch` completes, and otherwise prints its arguments."""
+    import pexpect
+
     program = shutil.which(request.param)
     if program is None:
         pytest.skip(f"{request.param} is not installed")
@@ -71,15 +72,17 @@ print("ARG" + "UMENTS", json.dumps(sys.argv[1:]), "END", flush=True)
 
 
 def test_tab(shell):
+    from pexpect import TIMEOUT
+
     for typed, arguments in TYPED.items():
         first, *parts = typed.split("|")
         shell.send(f"ksl-patch {first}")
         for part in parts:
-            shell.expect([pexpect.TIMEOUT], timeout=0.2)  # its own echo
+            shell.expect([TIMEOUT], timeout=0.2)  # its own echo
             shell.send("\t")
             # What is typed while a completion runs may be lost: wait until the word is there.
             shell.expect(r"\S", timeout=20)
-            shell.expect([pexpect.TIMEOUT], timeout=0.2)
+            shell.expect([TIMEOUT], timeout=0.2)
             shell.send(part)
         shell.sendline("")
         shell.expect(r"ARGUMENTS (\[.*?\]) END")
