@@ -129,22 +129,21 @@ def main() -> None:
         logging.disable(logging.WARNING)  # what libraries say of themselves would drown our one line
     try:
         code = cli.main(arguments, prog_name="ksl-patch", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)  # a command's own exit code, such as verify's 1
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
         if debug and not isinstance(error, click.ClickException):
             raise
         code, sentence = _in_words(error, arguments)
         if "--json" in arguments:
-            click.echo(json.dumps({"error": sentence, "exit_code": code}, ensure_ascii=False), err=True)
+            click.echo(json.dumps({"error": sentence, "exit_code": code}), err=True)
         elif isinstance(error, click.ClickException):
             error.show()
         else:
             click.echo(sentence if code == _INTERRUPTED else f"Error: {visible(sentence)}", err=True)
-        sys.exit(code)
+    sys.exit(code if isinstance(code, int) else 0)  # a command's own exit code, such as verify's 1
 
 
 def _in_words(error: BaseException, arguments: list[str]) -> tuple[int, str]:
-    """The exit code of what ended a command, and a sentence. Raises what is none of an error's."""
+    """The exit code of what ended a command, and a sentence."""
     if isinstance(error, click.ClickException):
         return error.exit_code, error.format_message()
     if isinstance(error, click.Abort | KeyboardInterrupt):
@@ -152,7 +151,5 @@ def _in_words(error: BaseException, arguments: list[str]) -> tuple[int, str]:
         return _INTERRUPTED, f"Interrupted. {kept}" if {*arguments[:1]} & {*_RESUMED} else "Interrupted."
     if isinstance(error, KslPatchError):
         return 1, str(error)
-    if isinstance(error, Exception):
-        reason = (str(error).strip().splitlines() or [""])[0]
-        return 1, f"{type(error).__name__}: {reason} (--debug shows where)"
-    raise error
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return 1, f"{type(error).__name__}: {reason} (--debug shows where)"

@@ -10,7 +10,7 @@ from ksl_patch.words import WORDS
 
 
 @click.command()
-@click.argument("word", required=False, type=click.Choice(list(WORDS)), metavar="[WORD]")
+@click.argument("word", required=False, type=click.Choice(list(WORDS), case_sensitive=False), metavar="[WORD]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def words(word: str | None, as_json: bool) -> None:
     """Say what ticket, slot, side, scope, D, p and other words mean: all of them, or WORD."""
