@@ -37,7 +37,8 @@ class _Table:
 def check_in_files(patch: Patch, folder: Path) -> None:
     """Raise BaseMismatchError where the base in a folder has other rows than the patch's.
 
-    Nothing is said where its files do not tell: other formats than safetensors, packed weights, several tables.
+    Nothing is said where its files do not tell: other formats than safetensors, packed weights, several tables, one
+    that by the configuration is not the language model's.
     """
     table = _table(folder)
     if table is not None:
@@ -53,9 +54,11 @@ def _table(folder: Path) -> _Table | None:
         with safe_open(folder / files[keys[0]], framework="pt") as file:
             part = file.get_slice(keys[0])
             shape, kind = part.get_shape(), part.get_dtype()
+        config = json.loads((folder / "config.json").read_bytes())
+        hidden_size = (config.get("text_config") or config)["hidden_size"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None  # the server's own loading says what is amiss
-    if len(shape) != 2 or kind not in ("F32", "F16", "BF16"):
+    if kind not in ("F32", "F16", "BF16") or shape[1:] != [hidden_size]:
         return None
     return _Table(folder / files[keys[0]], keys[0], *shape)
 

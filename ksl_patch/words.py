@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ksl_patch.evidence import P_RANKS
+
 WORDS = {
     "patch": "A file of embedding rows, each for one token of one base model, with which that base answers in another "
     "language. The base's own weights are not touched.",
@@ -9,8 +11,7 @@ WORDS = {
     "their tokens are, or by hand.",
     "D": "The Kolmogorov-Smirnov statistic of a row, from 0 to 1: how far the distribution of its values moved in the "
     "tuned embedding. The rows of the largest D are the ticket.",
-    "p": "The test's p-value of a row's D. It ranks the rows and is no calibrated probability: values before and after "
-    "are paired, and the test takes them to be independent.",
+    "p": f"The test's p-value of a row's D. It {P_RANKS}.",
     "template": "The prompt that a patch was trained in, with {source} where the sentence stands. A patch does little "
     "outside it, so --apply-template puts a sentence into it.",
     "side": "What the rows replace: those of the embedding (input), or of the embedding and of the head that shares "

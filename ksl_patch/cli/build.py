@@ -202,8 +202,9 @@ def build(output: Path, force: bool, run: Path | None, yes: bool, as_json: bool,
             f"building needs the train extra: pip install 'ksl-patch[train]' ({error})."
         ) from error
 
-    leader = launched(options["device"]).is_main_process
-    reporter = (JsonReporter() if as_json else RichReporter(ask=not yes)) if leader else SilentReporter()
+    state = launched(options["device"])
+    leader, ask = state.is_main_process, not yes and state.num_processes == 1  # the others would wait
+    reporter = (JsonReporter() if as_json else RichReporter(ask=ask)) if leader else SilentReporter()
     with reporter if isinstance(reporter, RichReporter) else nullcontext():
         patch = build_patch(BuildConfig(**options), run, reporter)
     if not leader:

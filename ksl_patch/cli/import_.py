@@ -67,6 +67,8 @@ def import_(
         raise click.UsageError(f"--template {template} names the language: give --language.")
     if system is not None and template != "chat":
         raise click.UsageError("--system is of --template chat.")
+    if template is not None:
+        _check_template(template, source_language, language)
     starting(as_json)
     model, tokenizer = load_base(base, revision=revision, device="cpu")
     if any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -92,6 +94,24 @@ def import_(
         click.echo(
             "Warning: the adapter's LoRA weights were left out; a patch holds the trained tokens alone.", err=True
         )
+
+
+def _check_template(kind: str, source: str, language: str | None) -> None:
+    """Raise for what `build` would not train with, before anything is loaded."""
+    from ksl_patch.errors import RunError
+
+    if kind in ("plain", "chat"):
+        try:
+            from ksl_patch.train.data import language_name, same_language
+        except ImportError as error:
+            raise click.ClickException(
+                f"--template needs the train extra: pip install 'ksl-patch[train]' ({error})."
+            ) from error
+        names = language_name(source), language_name(language or "")
+        if same_language(source, language or ""):
+            raise RunError(f"source and target are both {names[1]}: name another language.")
+    elif "{target}" in kind:
+        raise RunError("the template must not hold the answer: remove {target}.")
 
 
 def _template(kind: str, system: str | None, source: str, language: str | None, tokenizer: Any) -> TemplateMeta:

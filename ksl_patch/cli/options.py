@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -55,12 +57,13 @@ class _NamedReference(_Reference):
 
 
 def _words(names: list[CompletionItem], incomplete: str) -> list[CompletionItem]:
-    """Names, and the files and folders that begin so."""
+    """Names, and the files and folders that begin so; but for those that a shell would not take as one plain word."""
     folder, slash, start = incomplete.rpartition("/")
     where = Path(folder or slash or ".")
     here = where.iterdir() if where.is_dir() else ()
     files = [f"{each.name}/" if each.is_dir() else each.name for each in here if each.name.startswith(start)]
-    found = {f"{folder}{slash}{file}" for file in files if start or file[0] != "."}
+    plain = [file for file in files if (start or file[0] != ".") and re.fullmatch(r"[\w.+,@%/-]+", file)]
+    found = {f"{folder}{slash}{file}" for file in plain}
     return [CompletionItem(each) for each in sorted({*found, *(name.value for name in names)})]
 
 
@@ -72,7 +75,7 @@ NAMED_REFERENCE = _NamedReference()
 
 def starting(as_json: bool) -> None:
     """Say that a command has begun, before libraries are imported, which takes seconds."""
-    if not as_json:
+    if not as_json and not int(os.environ.get("RANK", 0)):
         click.echo("Loading torch and transformers ...", err=True)
 
 

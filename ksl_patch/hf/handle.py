@@ -32,7 +32,7 @@ from ksl_patch.hf.continuous import ContinuousBatching
 from ksl_patch.hf.wiring import Wiring
 from ksl_patch.overlay import Overlay, slot_rows
 from ksl_patch.patch import Patch, PatchMeta, check_name
-from ksl_patch.store.local import load
+from ksl_patch.store.local import load, stored_name
 
 Names = str | Sequence[str | None] | None
 F = TypeVar("F", bound=Callable[..., Any])
@@ -190,7 +190,7 @@ class PatchHandle:
         return self._find(name).meta
 
     def load(self, patch: Patch | str | os.PathLike[str], name: str | None = None) -> str:
-        """Load a patch under a name (its own by default); returns the name.
+        """Load a patch under a name, by default the store's where it was named so, else its own; returns the name.
 
         patch: one, or what the command line takes for one: a path, a name or digest of the local store, or
         hf://ORG/REPO/FILE.
@@ -198,8 +198,9 @@ class PatchHandle:
         Raises PatchError for a bad file, BaseMismatchError for a patch of another base, BankError when the bank is
         full, RunError for a name that is taken.
         """
+        stored = stored_name(patch) if isinstance(patch, str) else None
         patch = self._read(patch)
-        name = check_name(name or patch.meta.name)
+        name = check_name(name or stored or patch.meta.name)
         with self._lock:
             self._attached()
             if name in self._loaded:

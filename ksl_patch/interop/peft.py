@@ -171,7 +171,14 @@ def export_trainable_tokens(patch: Patch, folder: Path, names: ModuleNames) -> N
 def lora_bytes(patch: Patch) -> int:
     """How large the tensors of `export_lora` are. Raises PatchError as that does."""
     base = patch.meta.base
+    _check_lora(patch)
     return 4 * _rank(patch) * (base.vocab_size + base.hidden_size)
+
+
+def _check_lora(patch: Patch) -> None:
+    _exportable(patch)
+    if patch.meta.side != "input":
+        raise PatchError("the patch changes the head too, which a LoRA of the embedding cannot: see TrainableTokens.")
 
 
 def _rank(patch: Patch) -> int:
@@ -190,9 +197,7 @@ def export_lora(patch: Patch, folder: Path, names: ModuleNames) -> None:
     """
     from peft import LoraConfig
 
-    _exportable(patch)
-    if patch.meta.side != "input":
-        raise PatchError("the patch changes the head too, which a LoRA of the embedding cannot: see TrainableTokens.")
+    _check_lora(patch)
     k, (V, d) = len(patch.token_ids), (patch.meta.base.vocab_size, patch.meta.base.hidden_size)
     rank = _rank(patch)
     A, B = torch.zeros(rank, V), torch.zeros(d, rank)

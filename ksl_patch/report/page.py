@@ -106,6 +106,7 @@ def _section(name: str, patch: Patch, tested: AllRows | None) -> dict[str, Any]:
         "histograms": _histograms(name, patch, rows),
         "volcano": _volcano(name, patch, tested),
         "evaluation": evaluation,
+        "level": _level([evaluation.confidence] if evaluation and evaluation.confidence else []),
         "figures": [
             (label, [_cell(system.figures.get(metric), metric) for system in systems])
             for metric, label in (evaluation.metrics if evaluation else {}).items()

@@ -54,6 +54,15 @@ def find(reference: str) -> tuple[Path, Patch]:
     return store.path(digest), store.get(digest)
 
 
+def stored_name(reference: str) -> str | None:
+    """The name of the local store that `find` takes a reference for; None where it is a path, a digest or nothing."""
+    is_path = reference.endswith(_SUFFIX) or is_digest(reference) or not is_name(reference)
+    path = Path(reference)
+    if is_path or (path.exists() and not path.is_dir()) or Store().digest(reference) is None:
+        return None
+    return reference
+
+
 def load(reference: str) -> Patch:
     """The patch of a reference, as `find` has it. Raises PatchError."""
     return find(reference)[1]

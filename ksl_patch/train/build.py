@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ksl_patch.base import check_base_model, dtype_name, find_embedding, has_other_weights, named_in_files
+from ksl_patch.base import check_base_model, dtype_name, find_embedding, has_other_weights, is_hub_id, named_in_files
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.evidence import Evaluation, write
 from ksl_patch.hf import attach, end_token_id, load_base
@@ -204,7 +204,7 @@ class Build:
         )
         if config.base_model is not None:
             self.base = replace(self.base, model_id=config.base_model)
-        elif reopened is None and "/" not in (self.base.model_id or "/"):
+        elif reopened is None and Path(config.base).is_dir() and not is_hub_id(self.base.model_id or ""):
             named = named_in_files(Path(config.base))
             message = (
                 f"the patch will call its base {self.base.model_id}, after its folder: --base-model ID says its id on "
@@ -300,7 +300,7 @@ class Build:
     def patch(self) -> Patch:
         """Run whatever is not done yet, and measure the loss of the result on the dev pairs."""
         patch = self.patch_of(self.ticket())
-        patch = patch.with_meta(evaluation=self.losses(patch), created=self._created())
+        patch = patch.with_meta(evaluation=self.losses(patch), created=self._created(patch.digest))
         config = asdict(self.config)
         config["base"] = _resolved(config["base"])
         pairs = config["pairs"]
@@ -452,7 +452,8 @@ class Build:
             selection=ticket.selection,
             token_ids=ticket.token_ids.tolist(),
         )
-        if ticket.selection == ("given" if self.config.rows else self.config.selection):
+        own = "given" if self.config.rows else self.config.selection
+        if self._reopened is None and ticket.selection == own:
             self._report_weak_rows(ticket)
         if self.config.mode == "transfer":
             tuned_ids, rows = self.embedding()
@@ -549,9 +550,10 @@ class Build:
             "device": self.machine.device,
         }
 
-    def _created(self) -> str:
-        """When a build with these settings ended here first: one that is run again gives the same file."""
-        key = hashlib.sha256(json.dumps(asdict(self.config)).encode()).hexdigest()[:12]
+    def _created(self, digest: str) -> str:
+        """When a build ended here with this patch and description first: one that is run again gives the same file."""
+        described = [digest, self.config.name, self.config.language, self.config.licence]
+        key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
         return str(self._once(f"created-{key}.json", {"created": timestamp()})["created"])
 
     def losses(self, patch: Patch) -> dict[str, Any] | None:
@@ -615,8 +617,14 @@ class Build:
             folder=folder,
             stage=stage,
             reporter=self.reporter,
-            later=config.steps if kind == "embed" and config.mode == "partial" else 0,
+            later=self._later(kind),
         )
+
+    def _later(self, kind: str) -> int | None:
+        """Steps of the stages after one of a kind; None where controls or candidates follow, nobody knows how many."""
+        if self._reopened is not None or self.config.selection == "single":
+            return None
+        return self.config.steps if kind == "embed" and self.config.mode == "partial" else 0
 
     @property
     def _embedding_folder(self) -> Path:
@@ -800,8 +808,10 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
     training = patch.meta.training
     if training is None or training.data_digest != data_digest(build.pairs.train):
         raise DataError(
-            f"the pairs in {config.pairs} do not give the training data of this patch; "
-            "name the file that it was built from with --pairs."
+            f"the pairs in {config.pairs} do not give the training data of this patch; name the file that it was built "
+            "from with --pairs"
+            + (" (or an earlier one built it, whose --max-pairs counted too long pairs)" if config.max_pairs else "")
+            + "."
         )
     patch.check_table(find_embedding(build.model))
     patch.check_vocabulary(build.tokenizer)

@@ -92,10 +92,8 @@ def distinct(pairs: Iterable[Pair]) -> list[Pair]:
     return list(first.values())
 
 
-def split_pairs(
-    pairs: Sequence[Pair], *, held_out: int, dev: int = 0, seed: int = 0, limit: int | None = None
-) -> Pairs:
-    """Drop repeated sources, set `held_out` and `dev` pairs aside, keep at most `limit` to train.
+def split_pairs(pairs: Sequence[Pair], *, held_out: int, dev: int = 0, seed: int = 0) -> Pairs:
+    """Drop repeated sources, set `held_out` and `dev` pairs aside, keep the others to train.
 
     A hash of a pair's source, or of its document where it has one, says on which side it is: another pair in the file
     moves no more than itself and one at each border. No document is on two sides. What is set aside is in turns from
@@ -131,7 +129,7 @@ def split_pairs(
     known |= {pair.key for pair in parts[1]}
     train = [pair for pair in kept[begin:] if pair.key not in known]
     return Pairs(
-        train=train[:limit],
+        train=train,
         dev=choice,
         held_out=test,
         duplicates=len(pairs) - len(kept),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import suppress
@@ -87,6 +88,14 @@ class _Pace:
         return f"{each:.2g} s a step: tuning takes {duration(left)} more, until {end}"
 
 
+def _somebody_types() -> bool:
+    """Whether standard input is a terminal, and this process one that may read from it."""
+    try:
+        return sys.stdin is not None and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, ValueError):  # no terminal, or none of its own
+        return False
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them: "50 s", "4 min", "1 h 20 min"."""
     if seconds < 90:
@@ -140,7 +149,7 @@ class RichReporter:
 
     def __init__(self, console: PlainConsole | None = None, *, ask: bool = False) -> None:
         self._console = console or PlainConsole(stderr=True)
-        self._ask = ask and self._console.is_terminal and sys.stdin.isatty()
+        self._ask = ask and self._console.is_terminal and _somebody_types()
         self._progress = Progress(
             TextColumn("{task.description:<20}"),
             BarColumn(),
@@ -202,4 +211,8 @@ class RichReporter:
         self._done = done
 
     def end(self) -> None:
-        """The bar stays as it is."""
+        """The bar becomes a line: of many, rich would show the first and hide the one that moves."""
+        if self._console.is_terminal and self._task is not None:
+            took = duration(self._progress.tasks[-1].elapsed or 0)
+            self._progress.remove_task(self._task)
+            self.note("end", f"{self._stage}: {self._total}/{self._total} {self._loss}".rstrip() + f", {took}")
