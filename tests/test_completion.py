@@ -6,6 +6,9 @@ import shutil
 import sys
 
 import pytest
+from click.shell_completion import CompletionItem
+
+from ksl_patch.cli import options
 
 # What starts the shell, and what gives it completion.
 SHELLS = {
@@ -69,6 +72,15 @@ print("ARG" + "UMENTS", json.dumps(sys.argv[1:]), "END", flush=True)
     child.expect("ready")
     yield child
     child.close(force=True)
+
+
+def test_a_file_whose_name_is_no_plain_word_is_not_offered(tmp_path, monkeypatch):
+    """bash puts words on the line as they are: a name such as `$(id)` would be run."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("swa$(id).safetensors", "swa two.safetensors", "swa;x", "swahili.safetensors"):
+        (tmp_path / name).touch()
+    found = options._words([CompletionItem("swahili")], "swa")
+    assert [item.value for item in found] == ["swahili", "swahili.safetensors"]
 
 
 def test_tab(shell):

@@ -196,6 +196,13 @@ def test_a_patch_says_when_it_was_made_and_the_same_build_says_the_same(home, ba
         assert run_cli(*command, "--top-k", k, "-o", home / "es.safetensors", "--force")[0] == 0
         created.append(Patch.load(home / "es.safetensors").meta.created[:10])
     assert created == ["1970-01-01", "1970-01-02", "1970-01-01"]
+    # Of other pairs it is another patch, whatever its settings.
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", str(86400 * 9))
+    moved = home / "moved.jsonl"
+    moved.write_text(pairs_file.read_text().replace("gato", "perro"))
+    command[command.index(pairs_file)] = moved
+    assert run_cli(*command, "--top-k", 3, "-o", home / "es.safetensors", "--force")[0] == 0
+    assert Patch.load(home / "es.safetensors").meta.created[:10] == "1970-01-10"
 
 
 def test_max_pairs_counts_what_is_trained_on(home, base_folder):

@@ -290,10 +290,27 @@ def test_the_base_is_looked_at_before_anything_starts(files):
         (["es", "--patch", files / "es.safetensors"], "a patch is called es, as the base is"),
         (["b", "--max-loras", 3], "--slots says how many"),
         (["b", "--max_loras=3"], "--slots says how many"),
+        (["b", "--served-model-name", "x", "es", "--patch", files / "es.safetensors"], "a patch is called es"),
     ):
         code, _, err = run_cli("serve", *arguments, "--dry-run")
         assert code == 1
         assert why in err
+
+
+def test_other_places_of_a_base_and_names_of_the_store(files, monkeypatch):
+    patch = files / "es.safetensors"
+    for base in ("s3://bucket/model", "org/repo/model-Q4.gguf", "org/repo"):
+        assert run_cli("serve", base, "--patch", patch, "--dry-run")[0] == 0
+    assert run_cli("serve", "es", "--served-model-name", "b", "--patch", patch, "--dry-run")[0] == 0
+    # A name of the store goes before a folder, is said, and is what a request says.
+    assert run_cli("add", patch, "--name", "sv")[0] == 0
+    monkeypatch.chdir(files)
+    (files / "sv").mkdir()
+    code, out, err = run_cli("serve", "base", "--patch", "sv", "--dry-run", "--json")
+    assert code == 0
+    command = json.loads(out)["command"]
+    assert json.loads(value(command, "--lora-modules"))["name"] == "sv"
+    assert "sv is the store's patch of that name; ./sv is the folder." in err
 
 
 def test_without_vllm_it_says_what_to_install(files):
