@@ -113,7 +113,8 @@ def test_the_base_may_be_the_patch_s_own(home, base_folder, monkeypatch):
     assert f"name the base with --base: the patches say {base_folder.name}" in err
 
 
-def test_an_interrupt_keeps_the_step_it_is_in(home, base_folder, pairs_file):
+@pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_an_interrupt_keeps_the_step_it_is_in(home, base_folder, pairs_file, interrupt):
     command = [sys.executable, "-m", "ksl_patch", "build", "--base", base_folder, "--pairs", pairs_file, "--language"]
     command += ["es", "-o", home / "es.safetensors", "--top-k", 3, "--embed-steps", 4000, "--steps", 2, "--json"]
     command += ["--checkpoint-every", 4000, "--dev", 8, "--held-out", 8]
@@ -123,10 +124,13 @@ def test_an_interrupt_keeps_the_step_it_is_in(home, base_folder, pairs_file):
         event = json.loads(line)
         if event["event"] == "step" and event["step"] >= 3:
             step = event["step"]
-            process.send_signal(signal.SIGINT)
+            process.send_signal(interrupt)
             break
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130
+    events = [json.loads(line)["event"] for line in out.splitlines()]
+    assert [event for event in events if event != "step"][-2:] == ["stopping", "stopped"]
+    assert "end" not in events
     assert "Interrupted. What was finished is kept" in err
     again = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in again.stdout:
@@ -251,6 +255,9 @@ def test_a_ticket_outside_the_template_is_said(home, base_folder, pairs_file):
 
 
 def test_mistyped_words_are_answered_with_the_right_one(base_folder):
+    given = ["build", "--base", base_folder, "--language", "Korean", "-o", "x.safetensors", "--pairs", "a", "b"]
+    assert "there is no option before 'b': write --pairs before each of several files." in run_cli(*given)[2]
+    assert "'Korean' is not a known language's tag; 'Korean' is 'ko'." in run_cli(*given[:-1])[2]
     code, _, err = run_cli("bulid")
     assert code == 2
     assert "No such command 'bulid'. Did you mean build?" in err

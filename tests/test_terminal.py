@@ -109,7 +109,8 @@ def test_words():
     assert all(f"\n{word} " in f"\n{out}" for word in WORDS)
     assert "Kolmogorov-Smirnov statistic" in run_cli("words", "D")[1]
     assert json.loads(run_cli("words", "slot", "--json")[1]) == {"slot": WORDS["slot"]}
-    assert run_cli("words", "lottery")[0] == 2
+    assert run_cli("words", "first", "line")[1].startswith("first line  An output")
+    assert "there is no 'lottery' among them" in run_cli("words", "lottery")[2]
     glossary = (Path(__file__).parents[1] / "docs" / "glossary.md").read_text()
     assert [f"| **{word}** | {text} |" for word, text in WORDS.items()] == re.findall(r"^\| \*\*.*$", glossary, re.M)
 

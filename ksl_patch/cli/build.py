@@ -164,13 +164,18 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
 @click.option("--device", metavar="DEV", help="Where to train.  [default: cuda when there is one, else cpu]")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask about what looks wrong: warn, and go on.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of progress bars.")
-def build(output: Path, force: bool, run: Path | None, yes: bool, as_json: bool, **options: Any) -> None:
+@click.argument("more", nargs=-1, metavar="")
+def build(
+    more: tuple[str, ...], output: Path, force: bool, run: Path | None, yes: bool, as_json: bool, **options: Any
+) -> None:
     """Build a patch for one language from a base model and sentence pairs.
 
     Three stages: the embedding is tuned, a Kolmogorov-Smirnov test picks the rows that moved (the ticket),
     and these rows alone are tuned again from the base. Each stage continues from its checkpoint after a kill;
     a finished stage is used again by any build in the same folder that needs it.
     """
+    if more:
+        raise click.UsageError(f"there is no option before {more[0]!r}: write --pairs before each of several files.")
     if output.exists() and not force:
         raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name.")
     if not output.parent.is_dir():

@@ -67,8 +67,8 @@ def certify(
     from ksl_patch.terminal import PlainConsole
 
     console = PlainConsole(width=None if PlainConsole().is_terminal else 120)
-    console.print(table(result))
     console.print(summary(result))
+    console.print(table(result))
     for note in result.notes:
         console.print(f"Note: {note}")
     if it.target is not None:

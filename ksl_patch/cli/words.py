@@ -10,11 +10,14 @@ from ksl_patch.words import WORDS
 
 
 @click.command()
-@click.argument("word", required=False, type=click.Choice(list(WORDS), case_sensitive=False), metavar="[WORD]")
+@click.argument("word", nargs=-1, metavar="[WORD]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def words(word: str | None, as_json: bool) -> None:
+def words(word: tuple[str, ...], as_json: bool) -> None:
     """Say what ticket, slot, side, scope, D, p and other words mean: all of them, or WORD."""
-    chosen = WORDS if word is None else {word: WORDS[word]}
+    asked = " ".join(word).casefold()
+    chosen = {name: meaning for name, meaning in WORDS.items() if asked in ("", name.casefold())}
+    if not chosen:
+        raise click.UsageError(f"there is no {' '.join(word)!r} among them: {', '.join(WORDS)}.")
     if as_json:
         click.echo(json.dumps(chosen))
         return

@@ -195,7 +195,11 @@ def language_name(tag: str) -> str:
     import langcodes
 
     if not langcodes.tag_is_valid(_standard(tag)):
-        raise DataError(f"{tag!r} is not a known language; give a BCP 47 tag such as 'sw', 'pt-BR' or 'zh-Hant'.")
+        try:
+            hint = f"{tag!r} is {str(langcodes.find(tag))!r}"
+        except LookupError:
+            hint = "a BCP 47 tag is such as 'sw', 'pt-BR' or 'zh-Hant'"
+        raise DataError(f"{tag!r} is not a known language's tag; {hint}.")
     return str(langcodes.get(_standard(tag)).display_name("en"))
 
 

@@ -174,7 +174,7 @@ class RichReporter:
 
     def note(self, event: str, message: str, **values: Any) -> None:
         """A line above the bars."""
-        self._console.print(message, soft_wrap=True)
+        self._console.print(message, soft_wrap=not self._console.is_terminal)
 
     def doubt(self, event: str, message: str, **values: Any) -> None:
         """A line, and a question where somebody is there to answer it."""

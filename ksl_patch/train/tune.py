@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,8 @@ def _alone(folder: Path) -> Iterator[None]:
 def _saved_when_interrupted(progress: _Progress) -> Iterator[None]:
     """Let a first interrupt end the training at the end of its step, which is kept; a second one ends it at once.
 
-    Where this is not the main thread, or one process of several, interrupts stay what they are.
+    An interrupt is Ctrl-C, a closed terminal, or a request to end (SIGTERM). Where this is not the main thread, or one
+    process of several, interrupts stay what they are.
     """
     alone = threading.current_thread() is threading.main_thread() and int(os.environ.get("WORLD_SIZE", 1)) == 1
     if not alone:
@@ -159,13 +160,14 @@ def _saved_when_interrupted(progress: _Progress) -> Iterator[None]:
     def note(*_: Any) -> None:
         if progress.interrupted:
             raise KeyboardInterrupt
-        progress.interrupted = True
+        progress.interrupt()
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def autocasts(device: str) -> bool:
@@ -254,6 +256,12 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         self._stage, self._reporter, self._later = stage, reporter, later
         self.interrupted = False
 
+    def interrupt(self) -> None:
+        """Stop at the end of this step."""
+        self.interrupted = True
+        with suppress(OSError):  # a terminal that is gone
+            self._reporter.note("stopping", "Stopping at the end of this step, which is kept ...")
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.interrupted:
             control.should_save = control.should_training_stop = True
@@ -290,5 +298,10 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        if state.global_step >= state.max_steps:
             self._reporter.end()
+        else:
+            message = f"{self._stage}: stopped at {state.global_step}/{state.max_steps}, which is kept"
+            self._reporter.note("stopped", message, step=state.global_step)
