@@ -233,7 +233,7 @@ def test_the_base_has_an_id_of_the_hub_where_one_is_given(home, base_folder, pai
     command += ["--embed-steps", 2, "--steps", 2, "--dev", 8, "--held-out", 8, "-o", home / "es.safetensors"]
     code, _, err = run_cli(*command)
     assert code == 0
-    assert "call its base mine, after its folder: --base-model ID says its id on the Hub" in err
+    assert "call its base mine, after its folder; to publish it, --base-model ID says its id on the Hub" in err
     assert "its config.json names org/base, which may be what it was tuned from" in err
     assert Patch.load(home / "es.safetensors").meta.base.model_id == "mine"
     code, _, err = run_cli(*command, "--base-model", "org/own")

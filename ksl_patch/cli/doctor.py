@@ -50,7 +50,7 @@ def doctor(base: str | None, as_json: bool) -> None:
     """
     findings = []
     table = Table(show_edge=False)
-    for column in ("", "", "", "what to do"):
+    for column in ("", "what", "found", "what to do"):
         table.add_column(column, overflow="fold")
     checks: list[Callable[[], Iterator[Finding]]] = [_versions, _devices, _vllm, _store, _hub]
     if base is not None:

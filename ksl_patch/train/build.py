@@ -206,9 +206,10 @@ class Build:
             self.base = replace(self.base, model_id=config.base_model)
         elif reopened is None and Path(config.base).is_dir() and not is_hub_id(self.base.model_id or ""):
             named = named_in_files(Path(config.base))
+            tuned = f" (its config.json names {named}, which may be what it was tuned from)" if named else ""
             message = (
-                f"the patch will call its base {self.base.model_id}, after its folder: --base-model ID says its id on "
-                f"the Hub{f' (its config.json names {named}, which may be what it was tuned from)' if named else ''}"
+                f"the patch will call its base {self.base.model_id}, after its folder; to publish it, --base-model ID "
+                f"says its id on the Hub{tuned}"
             )
             reporter.note("base_model", message, model_id=self.base.model_id, named=named)
         if config.side == "input+output" and not find_embedding(self.model).tied:
