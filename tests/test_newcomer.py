@@ -254,6 +254,21 @@ def test_a_ticket_outside_the_template_is_said(home, base_folder, pairs_file):
     assert said not in run_cli(*command, "--rows", "\\n")[2]
 
 
+def test_nohup_is_respected(home, base_folder, pairs_file):
+    command = [sys.executable, "-m", "ksl_patch", "build", "--base", base_folder, "--pairs", pairs_file, "--language"]
+    command += ["es", "-o", home / "es.safetensors", "--top-k", 3, "--embed-steps", 40, "--steps", 2, "--json"]
+    command += ["--dev", 8, "--held-out", 8]
+    process = subprocess.Popen(["nohup", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if json.loads(line)["event"] == "step":
+            process.send_signal(signal.SIGHUP)
+            break
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "stopping" not in out
+    assert (home / "es.safetensors").is_file()
+
+
 def test_mistyped_words_are_answered_with_the_right_one(base_folder):
     given = ["build", "--base", base_folder, "--language", "Korean", "-o", "x.safetensors", "--pairs", "a", "b"]
     assert "there is no option before 'b': write --pairs before each of several files." in run_cli(*given)[2]

@@ -162,7 +162,9 @@ def _saved_when_interrupted(progress: _Progress) -> Iterator[None]:
             raise KeyboardInterrupt
         progress.interrupt()
 
-    before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handled = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    # What is ignored stays so: nohup, or a script's job in the background.
+    before = {each: signal.signal(each, note) for each in handled if signal.getsignal(each) != signal.SIG_IGN}
     try:
         yield
     finally:
