@@ -169,7 +169,7 @@ def _saved_when_interrupted(progress: _Progress) -> Iterator[None]:
         yield
     finally:
         for each, handler in before.items():
-            signal.signal(each, handler)
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
 
 
 def autocasts(device: str) -> bool:
