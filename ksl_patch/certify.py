@@ -115,9 +115,14 @@ def at_least(bound: float) -> str:
     return f"{math.floor(1000 * bound) / 10:.1f}%"
 
 
+def _confidence(certificate: Certificate) -> str:
+    """1 - delta in percent."""
+    return f"{(100 - 100 * Decimal(str(certificate.delta))).normalize():f}%"
+
+
 def summary(certificate: Certificate) -> str:
     """A certificate in two lines."""
-    c, level = certificate, f"{(100 - 100 * Decimal(str(certificate.delta))).normalize():f}%"
+    c, level = certificate, _confidence(certificate)
     word, whole, part = c.next_token, c.continuation, PARTS.get(c.part or "", "held-out")
     return (
         f"On {word.agreements} of {word.examples} {part} pairs the patch begins with the "
@@ -129,7 +134,7 @@ def summary(certificate: Certificate) -> str:
 def statements(certificate: Certificate) -> list[tuple[str, str, str]]:
     """What a certificate says in words: the statement, what was found, and its assumptions."""
     c, m = certificate, certificate.margin
-    level = f"at least {{}} with confidence {(100 - 100 * Decimal(str(c.delta))).normalize():f}%"
+    level = f"at least {{}} with confidence {_confidence(c)}"
     return [
         (
             "Exact: bit-equal to the tuned embedding on the whole input",

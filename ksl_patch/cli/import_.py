@@ -100,25 +100,19 @@ def _check_template(kind: str, source: str, language: str | None) -> None:
     """Raise for what `build` would not train with, before anything is loaded."""
     from ksl_patch.errors import RunError
 
+    try:
+        from ksl_patch.train.data import check_languages
+    except ImportError as error:
+        raise click.ClickException(
+            f"--template needs the train extra: pip install 'ksl-patch[train]' ({error})."
+        ) from error
     if kind in ("plain", "chat"):
-        try:
-            from ksl_patch.train.data import language_name, same_language
-        except ImportError as error:
-            raise click.ClickException(
-                f"--template needs the train extra: pip install 'ksl-patch[train]' ({error})."
-            ) from error
-        names = language_name(source), language_name(language or "")
-        if same_language(source, language or ""):
-            raise RunError(f"source and target are both {names[1]}: name another language.")
+        check_languages(source, language or "")
     elif "{target}" in kind:
         raise RunError("the template must not hold the answer: remove {target}.")
 
 
 def _template(kind: str, system: str | None, source: str, language: str | None, tokenizer: Any) -> TemplateMeta:
-    try:
-        from ksl_patch.train.data import make_template
-    except ImportError as error:
-        raise click.ClickException(
-            f"--template needs the train extra: pip install 'ksl-patch[train]' ({error})."
-        ) from error
+    from ksl_patch.train.data import make_template
+
     return make_template(kind, source_language=source, language=language or "en", tokenizer=tokenizer, system=system)

@@ -42,8 +42,7 @@ def find(reference: str) -> tuple[Path, Patch]:
         path = fetch(reference).path
         return path, Patch.load(path)
     path = Path(reference)
-    is_path = os.sep in reference or reference.endswith(_SUFFIX)
-    if is_path or (path.exists() and not path.is_dir()):
+    if _is_path(reference):
         return path, Patch.load(path)
     store = Store()
     digest = reference if is_digest(reference) else store.digest(reference) if is_name(reference) else None
@@ -56,11 +55,14 @@ def find(reference: str) -> tuple[Path, Patch]:
 
 def stored_name(reference: str) -> str | None:
     """The name of the local store that `find` takes a reference for; None where it is a path, a digest or nothing."""
-    is_path = reference.endswith(_SUFFIX) or is_digest(reference) or not is_name(reference)
-    path = Path(reference)
-    if is_path or (path.exists() and not path.is_dir()) or Store().digest(reference) is None:
+    if _is_path(reference) or is_digest(reference) or not is_name(reference):
         return None
-    return reference
+    return None if Store().digest(reference) is None else reference
+
+
+def _is_path(reference: str) -> bool:
+    path = Path(reference)
+    return os.sep in reference or reference.endswith(_SUFFIX) or (path.exists() and not path.is_dir())
 
 
 def load(reference: str) -> Patch:

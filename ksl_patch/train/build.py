@@ -55,12 +55,12 @@ from ksl_patch.train.data import (
     Example,
     Pair,
     check_ids,
+    check_languages,
     data_digest,
     encode,
     language_name,
     make_template,
     reading_order,
-    same_language,
     sketch,
     source_tokens,
     split_pairs,
@@ -163,11 +163,8 @@ class Build:
         if config.columns[1] in fields:
             raise RunError(f"the template must not hold the answer: remove {{{config.columns[1]}}}.")
         languages = config.source_language, config.language
-        for language in languages:
-            language_name(language)
         check_base_model(config.base_model)
-        if same_language(*languages):
-            raise RunError(f"source and target are both {language_name(config.language)}: name another language.")
+        check_languages(*languages)
         reading = Reading(strict=config.strict)
         read = read_pairs(
             config.pairs,

@@ -203,6 +203,13 @@ def language_name(tag: str) -> str:
     return str(langcodes.get(_standard(tag)).display_name("en"))
 
 
+def check_languages(source: str, target: str) -> None:
+    """Raise DataError for what is no language's tag, RunError for one language twice."""
+    names = language_name(source), language_name(target)
+    if same_language(source, target):
+        raise RunError(f"source and target are both {names[1]}: name another language.")
+
+
 def same_language(one: str, other: str) -> bool:
     """Whether two BCP 47 tags are of one language in one script and region."""
     return _standard(one) == _standard(other)
