@@ -11,7 +11,7 @@ from decimal import Decimal
 
 import torch
 
-from ksl_patch.base import row_bits
+from ksl_patch.base.tensors import row_bits
 from ksl_patch.errors import RunError
 from ksl_patch.evidence import PARTS, Bound, Certificate, Margin
 from ksl_patch.patch import Patch

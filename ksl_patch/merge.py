@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ksl_patch.base import row_bits
+from ksl_patch.base.tensors import row_bits
 from ksl_patch.errors import PatchError
 from ksl_patch.patch import Origin, Patch, check_name, timestamp
 

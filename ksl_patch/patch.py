@@ -28,17 +28,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from ksl_patch.base import (
-    BaseIdentity,
-    EmbeddingTable,
-    check_base,
-    dtype_name,
-    find_embedding,
-    has_other_weights,
-    identify,
-    tensor_bytes,
-    tokenizer_digest,
-)
+from ksl_patch.base import BaseIdentity, EmbeddingTable, check_base, find_embedding, identify
+from ksl_patch.base.digest import tokenizer_digest
+from ksl_patch.base.identity import Table, has_other_weights
+from ksl_patch.base.tensors import dtype_name, tensor_bytes
 from ksl_patch.errors import BaseMismatchError, OtherBodyWarning, OtherVocabularyWarning, PatchError
 
 FORMAT_VERSION = 1
@@ -327,7 +320,7 @@ class Patch:
                 stacklevel=stacklevel,
             )
 
-    def check_table(self, table: EmbeddingTable) -> None:
+    def check_table(self, table: Table) -> None:
         """The same for a model's table, where it is at hand."""
         check_base(self.meta.base, self.token_ids, self.base_rows, table)
 

@@ -18,7 +18,9 @@ from rich.console import Console
 from test_build import FAST, Recorder, command, start
 
 from ksl_patch import Patch, attach
-from ksl_patch.base import body_digest, has_other_weights, identify, model_digest
+from ksl_patch.base import identify
+from ksl_patch.base.digest import body_digest, model_digest
+from ksl_patch.base.identity import has_other_weights
 from ksl_patch.cli.build import named_rows
 from ksl_patch.cli.eval import table
 from ksl_patch.errors import DataError, KslPatchError, OtherBodyWarning, RunError, TicketError
@@ -149,7 +151,7 @@ def test_a_base_with_an_adapter_has_one_name_in_every_process(base_folder, tmp_p
     shutil.copy(base_folder / "tokenizer.json", tmp_path)
     shutil.copy(base_folder / "tokenizer_config.json", tmp_path)
     script = (
-        "import sys; from ksl_patch.hf import load_base; from ksl_patch.base import model_digest; "
+        "import sys; from ksl_patch.hf import load_base; from ksl_patch.base.digest import model_digest; "
         "print(model_digest(*load_base(sys.argv[1])))"
     )
 

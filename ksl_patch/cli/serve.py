@@ -198,7 +198,7 @@ def _check_base(base: str, names: list[str], served: list[tuple[str, str, Patch 
 
     names: what the base answers to.
     """
-    from ksl_patch.base_files import check_in_files
+    from ksl_patch.base.files import table_in_files
 
     folder = Path(base)
     remote = "://" in base or base.endswith(".gguf")  # storage, or a file of a repository, which vLLM takes too
@@ -206,6 +206,7 @@ def _check_base(base: str, names: list[str], served: list[tuple[str, str, Patch 
     if is_path and not remote and not folder.exists():
         raise RunError(f"there is no folder {base}.")
     of: dict[tuple[int, int], str] = {}
+    table = table_in_files(folder)
     for name, _, patch, _ in served:
         if name in names:
             raise RunError(f"a patch is called {name}, as the base is: give it another name, as in --patch NAME=PATH.")
@@ -213,7 +214,8 @@ def _check_base(base: str, names: list[str], served: list[tuple[str, str, Patch 
             continue
         of.setdefault((patch.meta.base.vocab_size, patch.meta.base.hidden_size), name)
         try:
-            check_in_files(patch, folder)
+            if table is not None:
+                patch.check_table(table)
         except BaseMismatchError as error:
             raise BaseMismatchError(f"{name}: {error}") from error
     if len(of) > 1:

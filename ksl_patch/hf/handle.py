@@ -25,7 +25,11 @@ import torch
 from torch import nn
 
 from ksl_patch.bank import PatchBank
-from ksl_patch.base import dtype_name, find_embedding, innermost, tokenizer_digest, weights_digest
+from ksl_patch.base import find_embedding
+from ksl_patch.base.digest import tokenizer_digest, weights_digest
+from ksl_patch.base.identity import check_head
+from ksl_patch.base.table import innermost
+from ksl_patch.base.tensors import dtype_name
 from ksl_patch.errors import RunError
 from ksl_patch.hf.choice import Block, Choice, Packed, Prompt, StaticChoice
 from ksl_patch.hf.continuous import ContinuousBatching
@@ -533,7 +537,7 @@ class PatchHandle:
             patch.check_vocabulary(self._tokenizer, self._vocabulary, stacklevel=4)
         patch.check_body(self._model, self._weights, stacklevel=4)
         if patch.meta.side == "input+output":
-            self._table.check_head(patch.meta.base, patch.token_ids, patch.base_rows)
+            check_head(patch.meta.base, patch.token_ids, patch.base_rows, self._table)
         if patch.meta.scope == "prompt" and (self._static is not None or self._model.config.is_encoder_decoder):
             where = "with max_batch" if self._static is not None else "on an encoder-decoder"
             raise RunError(f"{patch.meta.name} has scope 'prompt', which is not served {where}.")

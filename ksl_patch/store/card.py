@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ksl_patch.base import is_hub_id
+from ksl_patch.base.names import is_hub_id
 from ksl_patch.errors import HubError, PatchError
 from ksl_patch.evidence import Evaluation, Figure, against, of_seeds, read, where_from, with_interval
 from ksl_patch.patch import Patch

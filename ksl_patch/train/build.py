@@ -21,7 +21,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ksl_patch.base import check_base_model, dtype_name, find_embedding, has_other_weights, is_hub_id, named_in_files
+from ksl_patch.base import find_embedding
+from ksl_patch.base.identity import has_other_weights
+from ksl_patch.base.names import check_base_model, is_hub_id, named_in_files
+from ksl_patch.base.tensors import dtype_name
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.evidence import Evaluation, write
 from ksl_patch.hf import attach, end_token_id, load_base

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ksl_patch.base import dtype_name
+from ksl_patch.base.tensors import dtype_name
 from ksl_patch.errors import RunError
 from ksl_patch.evidence import Difference, Figure, Split
 from ksl_patch.hf import Completion, PatchHandle, attach, generate

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from ksl_patch.base import BaseIdentity, find_embedding, identify, model_digest
+from ksl_patch.base import BaseIdentity, find_embedding, identify
+from ksl_patch.base.digest import model_digest
 from ksl_patch.errors import RunError
 
 

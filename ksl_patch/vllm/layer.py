@@ -16,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from ksl_patch.bank import SlotBank, SlotRows
-from ksl_patch.base import embed_scale
+from ksl_patch.base.table import embed_scale
 from ksl_patch.overlay import correct_logits, replace_rows
 from ksl_patch.vllm.settings import read_settings
 

@@ -45,7 +45,7 @@ class _Read:
 
 
 class _Table:
-    """This rank's part of the table, as `check_base` wants it."""
+    """This rank's part of the table."""
 
     def __init__(self, layer: PatchedEmbedding) -> None:
         self.vocab_size, self.hidden_size = layer.base_layer.org_vocab_size, layer.base_layer.embedding_dim
@@ -260,9 +260,8 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         if read.rows.output and layer.head_reason is not None:
             raise BankError(layer.head_reason)
         if patch is not None:
-            table: Any = _Table(layer)
             mine = layer.on_this_rank(patch.token_ids)
-            check_base(patch.meta.base, patch.token_ids[mine], patch.base_rows[mine], table)
+            check_base(patch.meta.base, patch.token_ids[mine], patch.base_rows[mine], _Table(layer))
 
 
 def input_embeddings(model: Any) -> list[str]:

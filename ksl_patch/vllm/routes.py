@@ -23,7 +23,7 @@ from starlette.datastructures import State
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolverRegistry
 
-from ksl_patch.base import tokenizer_digest
+from ksl_patch.base.digest import tokenizer_digest
 from ksl_patch.errors import KslPatchError, OtherVocabularyWarning, PatchError, RunError
 from ksl_patch.patch import Patch, PatchMeta, TemplateMeta, check_name
 from ksl_patch.store.hub import HubReference

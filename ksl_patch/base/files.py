@@ -1,4 +1,4 @@
-"""A base's table as its files have it: what can be checked of a patch before a model is loaded."""
+"""A base's table as its files have it, so that a patch can be checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ksl_patch.base import check_base
-from ksl_patch.patch import Patch
-
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 _NAME = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")  # what models call it
 
 
 @dataclass(frozen=True)
-class _Table:
+class TableInFile:
     """Rows of a file, as `check_base` wants a table."""
 
     file: Path
@@ -29,23 +26,18 @@ class _Table:
     plain: bool = True
 
     def rows(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The rows [k, d] of token_ids int64 [k]."""
         with safe_open(self.file, framework="pt") as file:
             part = file.get_slice(self.key)
             return torch.cat([part[i : i + 1] for i in token_ids.tolist()])
 
 
-def check_in_files(patch: Patch, folder: Path) -> None:
-    """Raise BaseMismatchError where the base in a folder has other rows than the patch's.
+def table_in_files(folder: Path) -> TableInFile | None:
+    """The table of the base in a folder.
 
-    Nothing is said where its files do not tell: other formats than safetensors, packed weights, several tables, one
-    that by the configuration is not the language model's.
+    None where its files do not tell: other formats than safetensors, packed weights, several tables, one that by the
+    configuration is not the language model's.
     """
-    table = _table(folder)
-    if table is not None:
-        check_base(patch.meta.base, patch.token_ids, patch.base_rows, table)  # type: ignore[arg-type]
-
-
-def _table(folder: Path) -> _Table | None:
     try:
         files = _files(folder)
         keys = [key for key in files if _NAME.search(key)]
@@ -60,7 +52,7 @@ def _table(folder: Path) -> _Table | None:
         return None  # the server's own loading says what is amiss
     if kind not in ("F32", "F16", "BF16") or shape[1:] != [hidden_size]:
         return None
-    return _Table(folder / files[keys[0]], keys[0], *shape)
+    return TableInFile(folder / files[keys[0]], keys[0], *shape)
 
 
 def _files(folder: Path) -> dict[str, str]:
