@@ -15,7 +15,7 @@ import click
 import numpy as np
 from machine import console, machine
 
-from ksl_patch.patch import write_atomically
+from ksl_patch.atomic import write_atomically
 from ksl_patch.train.build import Build, BuildConfig
 from ksl_patch.train.evaluate import token_loss
 from ksl_patch.train.progress import RichReporter

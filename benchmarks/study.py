@@ -19,6 +19,7 @@ import numpy as np
 import scipy.stats
 from machine import console, machine
 
+from ksl_patch.atomic import write_atomically
 from ksl_patch.certify import at_least
 from ksl_patch.evidence import (
     METRICS,
@@ -34,7 +35,7 @@ from ksl_patch.evidence import (
 )
 from ksl_patch.hf import attach
 from ksl_patch.overlay import slot_rows
-from ksl_patch.patch import TemplateMeta, write_atomically
+from ksl_patch.patch import TemplateMeta
 from ksl_patch.store.card import markdown_table
 from ksl_patch.ticket import Ticket, given_ticket
 from ksl_patch.train.ablate import PLACES, run_at

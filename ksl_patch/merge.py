@@ -9,7 +9,9 @@ import torch
 
 from ksl_patch.base.tensors import row_bits
 from ksl_patch.errors import PatchError
-from ksl_patch.patch import Origin, Patch, check_name, timestamp
+from ksl_patch.patch import Origin, Patch
+from ksl_patch.patch.meta import timestamp
+from ksl_patch.patch.names import check_name
 
 Policy = Literal["first", "second"]
 

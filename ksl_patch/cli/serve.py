@@ -226,7 +226,7 @@ def _check_base(base: str, names: list[str], served: list[tuple[str, str, Patch 
 def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Patch | None, int]]:
     """Of each patch its name, the path that vLLM reads it from, the patch if it is one, and its rows."""
     from ksl_patch.interop import peft
-    from ksl_patch.patch import check_name, is_name
+    from ksl_patch.patch.names import check_name, is_name
     from ksl_patch.store.local import Store, find, stored_name
     from ksl_patch.store.sign import PublicKey, load_signed
 

@@ -35,7 +35,8 @@ from ksl_patch.hf.choice import Block, Choice, Packed, Prompt, StaticChoice
 from ksl_patch.hf.continuous import ContinuousBatching
 from ksl_patch.hf.wiring import Wiring
 from ksl_patch.overlay import Overlay, slot_rows
-from ksl_patch.patch import Patch, PatchMeta, check_name
+from ksl_patch.patch import Patch, PatchMeta
+from ksl_patch.patch.names import check_name
 from ksl_patch.store.local import load, stored_name
 
 Names = str | Sequence[str | None] | None

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from ksl_patch.bank import SlotRows
 from ksl_patch.base import find_embedding
 from ksl_patch.errors import BaseMismatchError, PatchError
-from ksl_patch.patch import Patch, Side, TemplateMeta, timestamp
+from ksl_patch.patch import Patch, Side, TemplateMeta
+from ksl_patch.patch.meta import timestamp
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

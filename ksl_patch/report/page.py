@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ksl_patch import __version__
+from ksl_patch.atomic import write_atomically
 from ksl_patch.certify import MEANING, statements
 from ksl_patch.errors import RunError
 from ksl_patch.evidence import (
@@ -31,7 +32,7 @@ from ksl_patch.evidence import (
     which_occur,
 )
 from ksl_patch.kstest import critical_statistic
-from ksl_patch.patch import Patch, write_atomically
+from ksl_patch.patch import Patch
 from ksl_patch.report.figures import Dot, Picture, dot_plot, histogram, quoted, volcano
 from ksl_patch.train.record import read_record, read_tests
 

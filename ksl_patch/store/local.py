@@ -18,8 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ksl_patch.atomic import write_atomically
 from ksl_patch.errors import PatchError
-from ksl_patch.patch import Patch, check_name, is_name, write_atomically
+from ksl_patch.patch import Patch
+from ksl_patch.patch.names import check_name, is_name
 from ksl_patch.store.hub import PREFIX, fetch
 from ksl_patch.store.root import default_root
 from ksl_patch.store.sign import signature_path

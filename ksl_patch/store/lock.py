@@ -14,8 +14,10 @@ from pathlib import Path
 
 import msgspec
 
+from ksl_patch.atomic import write_atomically
 from ksl_patch.errors import PatchError, RunError
-from ksl_patch.patch import Patch, check_name, write_atomically
+from ksl_patch.patch import Patch
+from ksl_patch.patch.names import check_name
 from ksl_patch.store.hub import PREFIX, HubReference, fetch
 from ksl_patch.store.local import load
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ksl_patch.atomic import write_atomically
 from ksl_patch.errors import PatchError
-from ksl_patch.patch import Patch, timestamp, write_atomically
+from ksl_patch.patch import Patch
+from ksl_patch.patch.meta import timestamp
 
 SUFFIX = ".minisig"
 _PLAIN, _HASHED = b"Ed", b"ED"  # of a key, and of a signature over a file's hash

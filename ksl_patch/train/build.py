@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ksl_patch.atomic import write_atomically
 from ksl_patch.base import find_embedding
 from ksl_patch.base.identity import has_other_weights
 from ksl_patch.base.names import check_base_model, is_hub_id, named_in_files
@@ -30,18 +31,9 @@ from ksl_patch.evidence import Evaluation, write
 from ksl_patch.hf import attach, end_token_id, load_base
 from ksl_patch.kstest import KSResult, ks_test
 from ksl_patch.overlay import slot_rows
-from ksl_patch.patch import (
-    Patch,
-    Scope,
-    Side,
-    TemplateMeta,
-    TicketMeta,
-    TrainingMeta,
-    check_language,
-    check_name,
-    timestamp,
-    write_atomically,
-)
+from ksl_patch.patch import Patch, Scope, Side, TemplateMeta, TicketMeta, TrainingMeta
+from ksl_patch.patch.meta import timestamp
+from ksl_patch.patch.names import check_language, check_name
 from ksl_patch.terminal import counted
 from ksl_patch.ticket import (
     DEFAULT_CAP,

@@ -17,7 +17,8 @@ import torch
 
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.hf import prompt_ids
-from ksl_patch.patch import TemplateMeta, check_fields
+from ksl_patch.patch import TemplateMeta
+from ksl_patch.patch.names import check_fields
 from ksl_patch.train.pairs import Pair as Pair
 from ksl_patch.train.reading import Columns as Columns
 from ksl_patch.train.reading import read_pairs as read_pairs

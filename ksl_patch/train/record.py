@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+from ksl_patch.atomic import write_atomically
 from ksl_patch.errors import RunError
-from ksl_patch.patch import write_atomically
 from ksl_patch.train.data import Encoded, pair_hash
 
 _STAGE = re.compile(r"[a-z]+-[0-9a-f]+")

@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ksl_patch.atomic import write_atomically
 from ksl_patch.bank import SlotRows
 from ksl_patch.base import find_embedding
 from ksl_patch.errors import RunError
 from ksl_patch.overlay import training
-from ksl_patch.patch import Scope, Side, write_atomically
+from ksl_patch.patch import Scope, Side
 from ksl_patch.train.data import IGNORED, Example, collate
 from ksl_patch.train.loss import answer_logits
 from ksl_patch.train.progress import Reporter

@@ -20,7 +20,8 @@ def lora_request(patch: Patch | str | os.PathLike[str], name: str | None = None)
     """
     from vllm.lora.request import LoRARequest
 
-    from ksl_patch.patch import Patch, check_name
+    from ksl_patch.patch import Patch
+    from ksl_patch.patch.names import check_name
     from ksl_patch.store.local import Store
 
     patch = patch if isinstance(patch, Patch) else Patch.load(patch)

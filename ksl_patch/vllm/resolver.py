@@ -12,7 +12,8 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
 from ksl_patch.errors import PatchError
-from ksl_patch.patch import Patch, check_name
+from ksl_patch.patch import Patch
+from ksl_patch.patch.names import check_name
 from ksl_patch.store.hub import HubReference, fetch
 from ksl_patch.store.local import Store, is_digest
 from ksl_patch.store.sign import PublicKey, load_signed

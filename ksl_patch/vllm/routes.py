@@ -25,7 +25,8 @@ from vllm.lora.resolver import LoRAResolverRegistry
 
 from ksl_patch.base.digest import tokenizer_digest
 from ksl_patch.errors import KslPatchError, OtherVocabularyWarning, PatchError, RunError
-from ksl_patch.patch import Patch, PatchMeta, TemplateMeta, check_name
+from ksl_patch.patch import Patch, PatchMeta, TemplateMeta
+from ksl_patch.patch.names import check_name
 from ksl_patch.store.hub import HubReference
 from ksl_patch.store.local import Store
 from ksl_patch.vllm.resolver import PatchResolver, from_folders, from_hub, from_store
