@@ -206,7 +206,7 @@ class Stress:
         gc.collect()
         left = sum(slot.holds for slot in self.handle.bank._slots.values()) + len(self.handle.requests)
         self.handle.detach()
-        left += len(self.handle.bank) + len(self.handle.bank.tensors.rows) - len(self.handle.bank._free_rows)
+        left += len(self.handle.bank) + len(self.handle.bank.tensors.rows) - len(self.handle.bank._storage.free_rows)
         return {**self.counts, "wrong": len(self.failures), "left": left, "first failures": self.failures[:5]}
 
 

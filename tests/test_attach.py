@@ -250,7 +250,7 @@ def test_load_replace_and_unload_while_others_generate(model):
     assert sorted(handle.names) == ["live", "still"]
     assert len(handle.bank) == 2
     used = sum(slot.room.rows for slot in handle.bank._slots.values())
-    assert len(handle.bank._free_rows) + used == len(handle.bank.tensors.rows)
+    assert len(handle.bank._storage.free_rows) + used == len(handle.bank.tensors.rows)
     handle.detach()
 
 

@@ -39,18 +39,18 @@ def expected(rows):
 def check_books(b):
     """Every row is a slot's or free, and the room that is taken is that of the slots."""
     on_device = [slot for slot in b._slots.values() if slot.bank_rows is not None]
-    rows = [int(row) for slot in on_device for row in slot.bank_rows] + b._free_rows
+    rows = [int(row) for slot in on_device for row in slot.bank_rows] + b._storage.free_rows
     assert sorted(rows) == list(range(len(b.tensors.rows)))
     for which, tensor in (("buckets", b.tensors.entries), ("outputs", b.tensors.outputs)):
-        runs = getattr(b, f"_{which}")
+        runs = getattr(b._storage, f"_{which}")
         taken = [(getattr(slot, which), getattr(slot.room, which)) for slot in on_device if getattr(slot.room, which)]
         free = [(start, length) for length, starts in runs._free.items() for start in starts]
         lines = [line for start, length in taken + free for line in range(start, start + length)]
         assert sorted(lines) == list(range(1, runs.used))
         assert runs.used <= len(tensor)
-        assert getattr(b._taken, which) == 1 + sum(length for _, length in taken)
+        assert getattr(b._storage.taken, which) == 1 + sum(length for _, length in taken)
     idle = {number for number, slot in b._slots.items() if slot.bank_rows is not None and not slot.holds}
-    assert idle == set(b._idle)
+    assert idle == set(b._eviction._idle)
 
 
 @settings(max_examples=60, deadline=None)
@@ -276,14 +276,14 @@ def test_what_a_failing_device_call_took_comes_back(monkeypatch):
     b = bank(capacity=100)
     old = some_rows(1, 20)
     slot = b.add(old)
-    free, state = list(b._free_rows), (b._buckets.end(8), b._taken)
-    monkeypatch.setattr(b, "_to_device", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    free, state = list(b._storage.free_rows), (b._storage._buckets.end(8), b._storage.taken)
+    monkeypatch.setattr(b._storage, "_to_device", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
     for change in (lambda: b.add(some_rows(2, 20)), lambda: b.replace(slot, some_rows(3, 20))):
         with pytest.raises(RuntimeError, match="out of memory"):
             change()
     monkeypatch.undo()
-    assert sorted(b._free_rows) == sorted(free)
-    assert (b._buckets.end(8), b._taken) == state
+    assert sorted(b._storage.free_rows) == sorted(free)
+    assert (b._storage._buckets.end(8), b._storage.taken) == state
     assert seen(b, slot) == expected(old)
     assert seen(b, b.add(some_rows(2, 20))) == expected(some_rows(2, 20))
 
@@ -455,7 +455,7 @@ def test_threads_that_add_hold_and_remove_never_see_anothers_rows():
         thread.join()
     assert not wrong
     assert len(b) == 0
-    assert len(b._free_rows) == len(b.tensors.rows)
+    assert len(b._storage.free_rows) == len(b.tensors.rows)
 
 
 def test_a_bank_lets_go_of_its_memory():

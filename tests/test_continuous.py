@@ -177,13 +177,13 @@ class EmulatedGraph:
 
     def replay(self):
         EmulatedGraph.replays += 1
-        bank = self.handle.bank
-        now, bank.tensors = bank.tensors, self.tensors
+        storage = self.handle.bank._storage
+        now, storage.tensors = storage.tensors, self.tensors
         try:
             with self.handle.chosen(self.choice):
                 self.run()
         finally:
-            bank.tensors = now
+            storage.tensors = now
 
     def reset(self):
         pass
@@ -435,8 +435,9 @@ def test_what_the_garbage_collector_ends_while_the_bank_is_at_work(model, kind, 
         handle.load(patches["a"], "a")
         handle.load(patches["b"], "b")
         bank = handle.bank
-        place = bank._place
-        monkeypatch.setattr(bank, "_place", lambda *args: (gc.collect(), place(*args))[1])
+        eviction = bank._eviction
+        place = eviction.place
+        monkeypatch.setattr(eviction, "place", lambda *args: (gc.collect(), place(*args))[1])
 
         def abandon():
             if kind != "generator":
