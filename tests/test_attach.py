@@ -19,7 +19,7 @@ from test_hf import overwritten, some_patch
 from ksl_patch import Patch, attach, find_embedding, identify
 from ksl_patch.errors import BankError, BaseMismatchError, KslPatchError, PatchError, RunError
 from ksl_patch.hf import load_base
-from ksl_patch.hf.handle import _state
+from ksl_patch.hf.attached import table_state
 
 IDS = list(range(2, 372, 3))
 PROMPTS = torch.tensor([[5, 9, 300, 17, 40], [17, 17, 5, 251, 9]])
@@ -385,7 +385,7 @@ def test_a_compiled_model_is_compiled_once(side):
             beams = model.generate(PROMPTS, num_beams=2, **GREEDY).tolist()
         for row, choice in enumerate(["a", None]):
             assert beams[row] == plain[choice].generate(PROMPTS, num_beams=2, **GREEDY).tolist()[row]
-        assert (handle._static.slots == 0).all()
+        assert (handle._choosing.static.slots == 0).all()
 
 
 def test_a_tensor_parallel_plan_on_two_ranks(model, base_folder, tmp_path):
@@ -539,7 +539,7 @@ def test_a_table_that_is_written_to_after_attach_is_refused(model, handle, plain
         change()
         with pytest.raises(RunError, match="table was changed after `attach`"), handle.using("a"):
             pass
-        handle._state = type(handle._state)(_state(model.lm_head.weight))  # as if attached anew
+        handle._attached._state = table_state(model.lm_head.weight)  # as if attached anew
 
 
 @torch.no_grad()
@@ -586,7 +586,7 @@ def test_an_attach_that_fails_leaves_the_model_as_it_was(model, monkeypatch):
     assert model.generate is own
     del model.generate
     before = set(vars(model))
-    monkeypatch.setattr("ksl_patch.hf.handle.ContinuousBatching", lambda *_: 1 / 0)
+    monkeypatch.setattr("ksl_patch.hf.continuous.ContinuousBatching.wire", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         attach(model)
     assert set(vars(model)) == before

@@ -19,8 +19,9 @@ from ksl_patch.evidence import write
 from ksl_patch.store import hub as hub_store
 from ksl_patch.store import sign
 from ksl_patch.store.hub import HubReference, fetch
-from ksl_patch.store.local import Store, load
+from ksl_patch.store.local import Store
 from ksl_patch.store.lock import check_locked, write_lock
+from ksl_patch.store.references import load
 
 
 @pytest.fixture

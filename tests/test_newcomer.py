@@ -17,7 +17,8 @@ from ksl_patch import Patch, attach
 from ksl_patch.errors import PatchError, RunError
 from ksl_patch.hf import load_base
 from ksl_patch.patch import TemplateMeta
-from ksl_patch.store.local import Store, find
+from ksl_patch.store.local import Store
+from ksl_patch.store.references import resolve
 
 
 @pytest.fixture
@@ -118,7 +119,10 @@ def test_an_interrupt_keeps_the_step_it_is_in(home, base_folder, pairs_file, int
     command = [sys.executable, "-m", "ksl_patch", "build", "--base", base_folder, "--pairs", pairs_file, "--language"]
     command += ["es", "-o", home / "es.safetensors", "--top-k", 3, "--embed-steps", 4000, "--steps", 2, "--json"]
     command += ["--checkpoint-every", 4000, "--dev", 8, "--held-out", 8]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(interrupt, signal.SIG_DFL),  # tests may run in the background, or under nohup
+    )  # fmt: skip
     step = 0
     for line in process.stdout:
         event = json.loads(line)
@@ -148,7 +152,7 @@ def test_a_folder_does_not_hide_a_name_of_the_store(home, model, monkeypatch):
     run_cli("add", home / "a.safetensors")
     monkeypatch.chdir(home)
     (home / "sv").mkdir()
-    assert find("sv")[1].digest == patch.digest
+    assert resolve("sv").patch.digest == patch.digest
     code, _, err = run_cli("inspect", "home")
     assert code == 1
     assert "home is a folder, and the local store has no such name: name a patch file in it." in err
@@ -156,7 +160,7 @@ def test_a_folder_does_not_hide_a_name_of_the_store(home, model, monkeypatch):
     (home / "sv").rmdir()
     other = some_patch(model, 2, IDS[:3])
     other.save(home / "sv")
-    assert find("sv")[1].digest == other.digest
+    assert resolve("sv").patch.digest == other.digest
     # In Python too, and the handle says what it has.
     (home / "sv").unlink()
     with attach(model) as handle:

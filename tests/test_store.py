@@ -15,7 +15,8 @@ from test_hf import some_patch
 
 from ksl_patch import Patch
 from ksl_patch.errors import PatchError
-from ksl_patch.store.local import Store, default_root, load
+from ksl_patch.store.local import Store, default_root
+from ksl_patch.store.references import load
 
 
 @pytest.fixture

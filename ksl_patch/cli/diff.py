@@ -23,7 +23,7 @@ def diff(first: str, second: str, rows: int, as_json: bool) -> None:
     """
     from ksl_patch.merge import diff as compare
     from ksl_patch.merge import token_texts
-    from ksl_patch.store.local import load
+    from ksl_patch.store.references import load
 
     a, b = load(first), load(second)
     found = compare(a, b)

@@ -172,10 +172,10 @@ def subject(
     as_json: bool, alone: bool = False,
 ) -> Iterator[Subject]:  # fmt: skip
     """What the options name. Everything that can be wrong is said before the first computation."""
-    from ksl_patch.store.local import find
+    from ksl_patch.store.references import resolve
     from ksl_patch.store.sign import signature_path
 
-    path, patch = find(reference)
+    path, patch, _ = resolve(reference)
     own = path == Path(reference)
     target = None if no_save else output or path
     if target is not None and output is None and not own:

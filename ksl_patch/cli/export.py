@@ -30,7 +30,7 @@ def export(reference: str, form: str, base: str, revision: str | None, output: P
     from ksl_patch.errors import PatchError
     from ksl_patch.hf import load_base
     from ksl_patch.interop import peft
-    from ksl_patch.store.local import load
+    from ksl_patch.store.references import load
 
     patch = load(reference)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -74,7 +74,7 @@ def generate(
     starting(as_json)
     from ksl_patch.hf import generate as run
     from ksl_patch.hf import load_base, prompt_ids
-    from ksl_patch.store.local import load
+    from ksl_patch.store.references import load
 
     loaded = {choice: load(choice) for choice in dict.fromkeys(choices) if choice != _BASE}
     base = base or _base_of(list(loaded.values()))

@@ -24,9 +24,9 @@ def inspect(reference: str, rows: int, base: str | None, as_json: bool) -> None:
 
     P is a file, a name or digest of the local store, or hf://ORG/REPO[@REV]/FILE.
     """
-    from ksl_patch.store.local import find
+    from ksl_patch.store.references import resolve
 
-    patch, loaded = find(reference)
+    patch, loaded, _ = resolve(reference)
     size = patch.stat().st_size
     outside = None if base is None else _outside(loaded, base)
     if as_json:

@@ -40,7 +40,7 @@ def merge(
     kept where both have the same.
     """
     from ksl_patch.merge import merge as join
-    from ksl_patch.store.local import load
+    from ksl_patch.store.references import load
 
     if output.exists() and not force:
         raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name.")

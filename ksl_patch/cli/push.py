@@ -29,9 +29,10 @@ def push(
     hold several patches: the card keeps what it says of the others. Sign in with `hf auth login`, or set HF_TOKEN.
     """
     from ksl_patch.store import hub
-    from ksl_patch.store.local import find, is_digest
+    from ksl_patch.store.local import is_digest
+    from ksl_patch.store.references import resolve
 
-    path, patch = find(reference)
+    path, patch, _ = resolve(reference)
     own = name or (patch.meta.name if is_digest(path.stem) else path.stem)
     url = hub.push(
         path, own, repo, revision=revision, private=private, create_pr=create_pr, message=message, base_model=base_model

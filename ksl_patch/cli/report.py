@@ -43,23 +43,24 @@ def report(
         raise click.ClickException(
             f"reports need the report extra: pip install 'ksl-patch[report]' ({error})."
         ) from error
-    from ksl_patch.store.local import find
+
+    from ksl_patch.store.references import resolve
 
     if len(runs) not in (0, len(references)):
         raise click.UsageError(f"{len(runs)} --run for {len(references)} patches: give one for each, or none.")
-    found = [find(reference) for reference in references]
-    output = output or Path(f"{found[0][1].meta.name}.html")
+    found = [resolve(reference) for reference in references]
+    output = output or Path(f"{found[0].patch.meta.name}.html")
     if output.exists() and not force:
         raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name with -o.")
     rows = []
-    for i, (path, patch) in enumerate(found):
-        run = runs[i] if runs else path.with_name(path.name + ".run")
-        rows.append(AllRows.of(patch, run) if run.is_dir() else None)
-    page = make_report([patch for _, patch in found], rows)
+    for i, each in enumerate(found):
+        run = runs[i] if runs else each.path.with_name(each.path.name + ".run")
+        rows.append(AllRows.of(each.patch, run) if run.is_dir() else None)
+    page = make_report([each.patch for each in found], rows)
     write_report(output, page)
     if as_json:
         print(json.dumps({
-            "path": str(output), "bytes": output.stat().st_size, "digests": [patch.digest for _, patch in found],
+            "path": str(output), "bytes": output.stat().st_size, "digests": [each.patch.digest for each in found],
         }))  # fmt: skip
     else:
         click.echo(f"Wrote {output}: {output.stat().st_size:,} bytes.")

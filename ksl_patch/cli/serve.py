@@ -227,7 +227,8 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
     """Of each patch its name, the path that vLLM reads it from, the patch if it is one, and its rows."""
     from ksl_patch.interop import peft
     from ksl_patch.patch.names import check_name, is_name
-    from ksl_patch.store.local import Store, find, stored_name
+    from ksl_patch.store.local import Store
+    from ksl_patch.store.references import resolve, stored_name
     from ksl_patch.store.sign import PublicKey, load_signed
 
     public = None if key is None else PublicKey.load(key)
@@ -249,7 +250,7 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
             ids = peft.read_trainable_tokens(Path(reference), tied=False).token_ids
             entry = (name or Path(reference).name, str(Path(reference).resolve()), None, 2 * len(ids))
         else:
-            file, patch = find(reference)
+            file, patch, _ = resolve(reference)
             if public is not None:
                 patch = load_signed(file, public)
             count = len(patch.token_ids) * (1 if patch.output_rows is None else 2)

@@ -34,12 +34,12 @@ def verify(reference: str, base: str | None, revision: str | None, key: Path | N
     from ksl_patch.cli.inspect import outside_in_words
     from ksl_patch.errors import BaseMismatchError, PatchError
     from ksl_patch.store import sign
-    from ksl_patch.store.local import find
+    from ksl_patch.store.references import resolve
 
     reason = digest = outside = None
     patch = Path(reference)
     try:
-        patch, loaded = find(reference)
+        patch, loaded, _ = resolve(reference)
         digest = loaded.digest
         if key is not None:
             sign.verify(patch, sign.PublicKey.load(key))

@@ -10,7 +10,8 @@ import torch
 
 from ksl_patch.base import find_embedding
 from ksl_patch.errors import RunError
-from ksl_patch.hf.handle import PatchHandle, attach
+from ksl_patch.hf.attach import attach
+from ksl_patch.hf.handle import PatchHandle
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch
 

@@ -21,55 +21,17 @@ from pathlib import Path
 from ksl_patch.atomic import write_atomically
 from ksl_patch.errors import PatchError
 from ksl_patch.patch import Patch
-from ksl_patch.patch.names import check_name, is_name
-from ksl_patch.store.hub import PREFIX, fetch
+from ksl_patch.patch.names import check_name
 from ksl_patch.store.root import default_root
 from ksl_patch.store.sign import signature_path
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_SUFFIX = ".safetensors"
+SUFFIX = ".safetensors"
 
 
 def is_digest(text: str) -> bool:
     """Whether a text is the digest of a patch: 64 digits of 0-9 and a-f."""
     return bool(_DIGEST.fullmatch(text))
-
-
-def find(reference: str) -> tuple[Path, Patch]:
-    """The file and the patch of a reference: a path, a digest or name of the local store, or hf://ORG/REPO/FILE.
-
-    A file that is here goes before what is in the store, and that before a folder. Raises PatchError.
-    """
-    if reference.startswith(PREFIX):
-        path = fetch(reference).path
-        return path, Patch.load(path)
-    path = Path(reference)
-    if _is_path(reference):
-        return path, Patch.load(path)
-    store = Store()
-    digest = reference if is_digest(reference) else store.digest(reference) if is_name(reference) else None
-    if digest is None and path.is_dir():
-        raise PatchError(f"{reference} is a folder, and the local store has no such name: name a patch file in it.")
-    if digest is None:
-        raise PatchError(f"cannot read {reference}: there is no such file, and no such name in the local store.")
-    return store.path(digest), store.get(digest)
-
-
-def stored_name(reference: str) -> str | None:
-    """The name of the local store that `find` takes a reference for; None where it is a path, a digest or nothing."""
-    if _is_path(reference) or is_digest(reference) or not is_name(reference):
-        return None
-    return None if Store().digest(reference) is None else reference
-
-
-def _is_path(reference: str) -> bool:
-    path = Path(reference)
-    return os.sep in reference or reference.endswith(_SUFFIX) or (path.exists() and not path.is_dir())
-
-
-def load(reference: str) -> Patch:
-    """The patch of a reference, as `find` has it. Raises PatchError."""
-    return find(reference)[1]
 
 
 @dataclass(frozen=True)
@@ -91,7 +53,7 @@ class Store:
         """Where the patch of a digest is, or would be. Raises PatchError for what is not a digest."""
         if not is_digest(digest):
             raise PatchError(f"{digest[:80]!r} is not a digest: it has 64 digits of 0-9 and a-f.")
-        return self.root / "patches" / f"{digest}{_SUFFIX}"
+        return self.root / "patches" / f"{digest}{SUFFIX}"
 
     def add(self, patch: Patch, name: str | None = None, *, source: Path | None = None) -> Path:
         """Put a patch into the store, unless it is there, and return its file.

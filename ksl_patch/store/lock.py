@@ -19,7 +19,7 @@ from ksl_patch.errors import PatchError, RunError
 from ksl_patch.patch import Patch
 from ksl_patch.patch.names import check_name
 from ksl_patch.store.hub import PREFIX, HubReference, fetch
-from ksl_patch.store.local import load
+from ksl_patch.store.references import load
 
 VERSION = 1
 
