@@ -21,6 +21,10 @@ from machine import console, machine
 
 from ksl_patch.atomic import write_atomically
 from ksl_patch.certify import at_least
+from ksl_patch.data.columns import Columns
+from ksl_patch.data.encoding import Example
+from ksl_patch.data.languages import language_name
+from ksl_patch.data.reading import read_pairs
 from ksl_patch.evidence import (
     METRICS,
     Certificate,
@@ -42,7 +46,6 @@ from ksl_patch.train.ablate import PLACES, run_at
 from ksl_patch.train.agreement import certify
 from ksl_patch.train.build import Build, BuildConfig
 from ksl_patch.train.compare import evaluate, make_systems
-from ksl_patch.train.data import Columns, Example, language_name, read_pairs
 from ksl_patch.train.evaluate import Scorer, answer_losses, run
 from ksl_patch.train.progress import RichReporter
 

@@ -6,21 +6,15 @@ import pytest
 import torch
 from conftest import PAIRS
 
+from ksl_patch.data.columns import Columns
+from ksl_patch.data.encoding import IGNORED, Example, collate, encode, token_counts
+from ksl_patch.data.languages import language_name
+from ksl_patch.data.pairs import Pair
+from ksl_patch.data.reading import read_pairs
+from ksl_patch.data.split import split_pairs
+from ksl_patch.data.templates import make_template
 from ksl_patch.errors import DataError, KslPatchError
 from ksl_patch.patch import TemplateMeta
-from ksl_patch.train.data import (
-    IGNORED,
-    Columns,
-    Example,
-    Pair,
-    collate,
-    encode,
-    language_name,
-    make_template,
-    read_pairs,
-    split_pairs,
-    token_counts,
-)
 
 PLAIN = TemplateMeta(text="Translate: {source}\nSpanish:", chat=False)
 

@@ -23,6 +23,13 @@ from ksl_patch.base.digest import body_digest, model_digest
 from ksl_patch.base.identity import has_other_weights
 from ksl_patch.cli.build import named_rows
 from ksl_patch.cli.eval import table
+from ksl_patch.data.columns import Columns
+from ksl_patch.data.encoding import Example, encode, token_counts
+from ksl_patch.data.pairs import Pair
+from ksl_patch.data.reading import read_pairs
+from ksl_patch.data.sketch import seen, sketch
+from ksl_patch.data.split import reading_order, split_pairs
+from ksl_patch.data.templates import make_template
 from ksl_patch.errors import DataError, KslPatchError, OtherBodyWarning, RunError, TicketError
 from ksl_patch.evidence import Evaluation, against, from_base, of_seeds, read
 from ksl_patch.overlay import slot_rows
@@ -31,19 +38,6 @@ from ksl_patch.ticket import given_ticket
 from ksl_patch.train import loaded as loaded_module
 from ksl_patch.train.build import Build, BuildConfig, reopen
 from ksl_patch.train.compare import encode_test, make_systems
-from ksl_patch.train.data import (
-    Columns,
-    Example,
-    Pair,
-    encode,
-    make_template,
-    read_pairs,
-    reading_order,
-    seen,
-    sketch,
-    split_pairs,
-    token_counts,
-)
 from ksl_patch.train.evaluate import Scorer, answer_losses, token_limit, token_loss
 from ksl_patch.train.progress import SilentReporter
 
@@ -891,8 +885,8 @@ def test_scope_prompt_trains_what_it_serves(config, tmp_path):
     everywhere = Build(config, tmp_path, SilentReporter()).patch()
     assert not torch.equal(patch.rows, everywhere.rows)
     # The loss that training sees is the one that is measured, and not that of rows which act everywhere.
+    from ksl_patch.data.encoding import IGNORED, collate
     from ksl_patch.overlay import training
-    from ksl_patch.train.data import IGNORED, collate
 
     batch = collate(made.dev.examples[:4], pad=0)
     with training(made.model, slot_rows(patch)) as rows, torch.no_grad():
@@ -965,7 +959,7 @@ def test_counting_tokens_takes_one_pass_and_refuses_ids_without_a_row():
         token_counts([Example([9], [1])], 6)
     # A table of a quarter of a million rows costs once, not for every example.
     script = (
-        "import time; from ksl_patch.train.data import Example, token_counts\n"
+        "import time; from ksl_patch.data.encoding import Example, token_counts\n"
         "many = [Example([1, 2], [3, 4])] * 20_000\n"
         "begun = time.perf_counter(); token_counts(many, 262_144); took = time.perf_counter() - begun\n"
         "print(took)"

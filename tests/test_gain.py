@@ -15,6 +15,9 @@ from tokenizers import processors
 
 from ksl_patch import Patch
 from ksl_patch.cli.eval import table
+from ksl_patch.data.encoding import encode, source_tokens
+from ksl_patch.data.pairs import Pair
+from ksl_patch.data.recognition import recogniser
 from ksl_patch.errors import RunError
 from ksl_patch.evidence import (
     Difference,
@@ -33,9 +36,7 @@ from ksl_patch.store.card import make_card
 from ksl_patch.ticket import given_ticket
 from ksl_patch.train.build import Build, BuildConfig, reopen
 from ksl_patch.train.compare import make_systems, occurrences
-from ksl_patch.train.data import Pair, encode, source_tokens
 from ksl_patch.train.evaluate import Outputs, Scorer
-from ksl_patch.train.language import recogniser
 from ksl_patch.train.progress import SilentReporter
 
 REFERENCES = ["El gato ve el mar.", "La mano tiene pan.", "El perro ama la casa.", "Un libro en la mesa."]

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from ksl_patch.bank import SlotRows
 from ksl_patch.base import find_embedding
+from ksl_patch.data.encoding import IGNORED, Example, collate
 from ksl_patch.overlay import training
-from ksl_patch.train.data import IGNORED, Example, collate
 from ksl_patch.train.loss import answer_logits
 
 SIZES = {

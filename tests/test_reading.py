@@ -11,9 +11,10 @@ import pytest
 from conftest import PAIRS, run_cli
 
 from ksl_patch import Patch
+from ksl_patch.data.columns import Columns
+from ksl_patch.data.pairs import Pair
+from ksl_patch.data.reading import Reading, read_pairs
 from ksl_patch.errors import DataError
-from ksl_patch.train.pairs import Pair
-from ksl_patch.train.reading import Columns, Reading, read_pairs
 
 READ = [Pair('She said "hi", twice.', "Dijo «hola»."), Pair("Two\u2028lines", "Dos\nlíneas"), Pair("Yes", "Sí")]
 FLAT = [Pair(pair.source, pair.target.replace("\n", " ")) for pair in READ]

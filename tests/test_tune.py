@@ -9,10 +9,12 @@ from conftest import PAIRS, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ksl_patch.bank import SlotRows
+from ksl_patch.data.encoding import collate, encode
+from ksl_patch.data.pairs import Pair
+from ksl_patch.data.templates import make_template
 from ksl_patch.errors import RunError
 from ksl_patch.hf import attach
 from ksl_patch.overlay import training
-from ksl_patch.train.data import Pair, collate, encode, make_template
 from ksl_patch.train.progress import SilentReporter
 from ksl_patch.train.tune import TuneSettings, tune_rows
 

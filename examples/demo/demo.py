@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ksl_patch.data.languages import language_name
 from ksl_patch.errors import KslPatchError
 from ksl_patch.evidence import Evaluation, from_base, show, where_from, write
 from ksl_patch.hf import generate, prompt_ids
 from ksl_patch.report.page import AllRows, make_report
 from ksl_patch.train.build import Build, BuildConfig
 from ksl_patch.train.compare import evaluate
-from ksl_patch.train.data import language_name
 from ksl_patch.train.evaluate import first_line
 from ksl_patch.train.progress import RichReporter
 

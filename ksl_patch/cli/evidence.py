@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from ksl_patch.evidence import Certificate, Evaluation
 
     E = TypeVar("E", Evaluation, Certificate)
+    from ksl_patch.data.encoding import Encoded
     from ksl_patch.patch import Patch
     from ksl_patch.train.build import Build
-    from ksl_patch.train.data import Encoded
     from ksl_patch.train.progress import Reporter
 
 _OPTIONS = (
@@ -202,11 +202,12 @@ def subject(
 
     starting(as_json)
     try:
+        from ksl_patch.data.columns import Columns
+        from ksl_patch.data.reading import read_pairs
         from ksl_patch.hf import load_base
         from ksl_patch.train.build import reopen
         from ksl_patch.train.compare import encode_test
         from ksl_patch.train.progress import RichReporter
-        from ksl_patch.train.reading import Columns, read_pairs
     except ImportError as error:
         raise click.ClickException(f"this needs the train extra: pip install 'ksl-patch[train]' ({error}).") from error
 

@@ -101,7 +101,7 @@ def _check_template(kind: str, source: str, language: str | None) -> None:
     from ksl_patch.errors import RunError
 
     try:
-        from ksl_patch.train.data import check_languages
+        from ksl_patch.data.languages import check_languages
     except ImportError as error:
         raise click.ClickException(
             f"--template needs the train extra: pip install 'ksl-patch[train]' ({error})."
@@ -113,6 +113,6 @@ def _check_template(kind: str, source: str, language: str | None) -> None:
 
 
 def _template(kind: str, system: str | None, source: str, language: str | None, tokenizer: Any) -> TemplateMeta:
-    from ksl_patch.train.data import make_template
+    from ksl_patch.data.templates import make_template
 
     return make_template(kind, source_language=source, language=language or "en", tokenizer=tokenizer, system=system)

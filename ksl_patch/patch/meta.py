@@ -91,7 +91,7 @@ class TrainingMeta:
     batch_size: pairs in a step, over all processes. pairs: how many there were to train on; pairs_read and
     embed_pairs_read: how many of them a step read. embedding_scale: standard deviation of the table's values; a
     learning rate divided by it is relative. hyperparameters: all others, by transformers' names for them.
-    sources: hashes of the sentences that were read, in base64 (`train/data.py`), so that tests can be kept apart.
+    sources: hashes of the sentences that were read, in base64 (`data/sketch.py`), so that tests can be kept apart.
     """
 
     mode: str

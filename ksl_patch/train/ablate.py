@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 
 from ksl_patch.base import find_embedding
+from ksl_patch.data.encoding import IGNORED, Encoded, collate, source_tokens
 from ksl_patch.errors import RunError
 from ksl_patch.hf import Completion, attach, complete
 from ksl_patch.overlay import TrainedRows, slot_rows
 from ksl_patch.patch import Patch
-from ksl_patch.train.data import IGNORED, Encoded, collate, source_tokens
 from ksl_patch.train.evaluate import Outputs, answer_losses, of_completions
 
 Place = Literal["everywhere", "prompt", "template", "source", "target"]

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from ksl_patch.certify import exact, ks_margin, lower_bound
+from ksl_patch.data.encoding import Encoded, Example, collate
 from ksl_patch.errors import RunError
 from ksl_patch.evidence import Certificate
 from ksl_patch.hf import attach
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch
 from ksl_patch.train.build import Build
-from ksl_patch.train.data import Encoded, Example, collate
 from ksl_patch.train.evaluate import run, token_limit
 
 

@@ -26,6 +26,15 @@ from ksl_patch.base import find_embedding
 from ksl_patch.base.identity import has_other_weights
 from ksl_patch.base.names import check_base_model, is_hub_id, named_in_files
 from ksl_patch.base.tensors import dtype_name
+from ksl_patch.data.columns import Columns
+from ksl_patch.data.encoding import Encoded, Example, check_ids, encode, source_tokens, token_counts
+from ksl_patch.data.languages import check_languages, language_name
+from ksl_patch.data.pairs import Pair, data_digest
+from ksl_patch.data.reading import Reading, read_pairs
+from ksl_patch.data.recognition import recogniser
+from ksl_patch.data.sketch import sketch
+from ksl_patch.data.split import reading_order, split_pairs
+from ksl_patch.data.templates import make_template, template_fields
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.evidence import Evaluation, write
 from ksl_patch.hf import attach, end_token_id, load_base
@@ -45,28 +54,9 @@ from ksl_patch.ticket import (
     l2_ticket,
     random_ticket,
 )
-from ksl_patch.train.data import (
-    Encoded,
-    Example,
-    Pair,
-    check_ids,
-    check_languages,
-    data_digest,
-    encode,
-    language_name,
-    make_template,
-    reading_order,
-    sketch,
-    source_tokens,
-    split_pairs,
-    template_fields,
-    token_counts,
-)
 from ksl_patch.train.evaluate import Cache, token_loss
-from ksl_patch.train.language import recogniser
 from ksl_patch.train.loaded import Loaded, launched
 from ksl_patch.train.progress import Reporter, SilentReporter
-from ksl_patch.train.reading import Columns, Reading, read_pairs
 from ksl_patch.train.record import Machine, Record, keep, note_use, read_record, read_tests, write_record
 from ksl_patch.train.tune import TuneSettings, autocasts, optimiser, tune_rows
 

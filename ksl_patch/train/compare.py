@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from ksl_patch.data.encoding import Encoded, check_ids, encode, source_tokens
+from ksl_patch.data.pairs import Pair, distinct
+from ksl_patch.data.sketch import seen
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.evidence import CONTROLS, SYSTEMS, Evaluation, Occurrence, Sample, SystemScores
 from ksl_patch.hf import end_token_id
 from ksl_patch.patch import Patch
 from ksl_patch.train.build import Build
-from ksl_patch.train.data import Encoded, Pair, check_ids, distinct, encode, seen, source_tokens
 from ksl_patch.train.evaluate import Cache, Outputs, Scorer, run, token_limit
 from ksl_patch.train.progress import Reporter
 

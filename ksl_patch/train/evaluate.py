@@ -22,13 +22,13 @@ from torch.nn import functional as F
 
 from ksl_patch.atomic import write_atomically
 from ksl_patch.base.tensors import dtype_name
+from ksl_patch.data.encoding import IGNORED, Encoded, Example, collate
+from ksl_patch.data.recognition import recogniser
 from ksl_patch.errors import RunError
 from ksl_patch.evidence import Difference, Figure, Split
 from ksl_patch.hf import Completion, PatchHandle, attach, generate
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch
-from ksl_patch.train.data import IGNORED, Encoded, Example, collate
-from ksl_patch.train.language import recogniser
 from ksl_patch.train.loss import answer_logits
 from ksl_patch.train.progress import Reporter, SilentReporter
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ksl_patch.train.data import IGNORED
+from ksl_patch.data.encoding import IGNORED
 
 
 def answer_logits(model: Any, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:

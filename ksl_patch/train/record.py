@@ -14,8 +14,9 @@ import msgspec
 import numpy as np
 
 from ksl_patch.atomic import write_atomically
+from ksl_patch.data.encoding import Encoded
+from ksl_patch.data.sketch import pair_hash
 from ksl_patch.errors import RunError
-from ksl_patch.train.data import Encoded, pair_hash
 
 _STAGE = re.compile(r"[a-z]+-[0-9a-f]+")
 

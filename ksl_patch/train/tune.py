@@ -22,10 +22,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from ksl_patch.atomic import write_atomically
 from ksl_patch.bank import SlotRows
 from ksl_patch.base import find_embedding
+from ksl_patch.data.encoding import IGNORED, Example, collate
 from ksl_patch.errors import RunError
 from ksl_patch.overlay import training
 from ksl_patch.patch import Scope, Side
-from ksl_patch.train.data import IGNORED, Example, collate
 from ksl_patch.train.loss import answer_logits
 from ksl_patch.train.progress import Reporter
 

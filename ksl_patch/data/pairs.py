@@ -1,9 +1,12 @@
-"""A sentence and its translation."""
+"""A sentence and its translation: when two are the same, and the digest of many."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import unicodedata
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from ksl_patch.patch import TemplateMeta
 
@@ -28,3 +31,19 @@ class Pair(NamedTuple):
     def prompt(self, template: TemplateMeta) -> str:
         """The pair's prompt in a template."""
         return template.render(self.source, **dict(self.fields))
+
+
+def distinct(pairs: Iterable[Pair]) -> list[Pair]:
+    """The first pair of each source, by `Pair.key`, with the same fields."""
+    first: dict[tuple[Any, ...], Pair] = {}
+    for pair in pairs:
+        first.setdefault((pair.key, pair.fields), pair)
+    return list(first.values())
+
+
+def data_digest(pairs: Iterable[Pair]) -> str:
+    """sha256 over the pairs in their order."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(json.dumps([pair.source, pair.target, *map(list, pair.fields)]).encode() + b"\n")
+    return digest.hexdigest()
