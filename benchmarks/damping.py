@@ -17,7 +17,7 @@ from machine import console, machine
 
 from ksl_patch.atomic import write_atomically
 from ksl_patch.train.build import Build, BuildConfig
-from ksl_patch.train.evaluate import token_loss
+from ksl_patch.train.loss import token_loss
 from ksl_patch.train.progress import RichReporter
 
 RESULTS = Path(__file__).parent / "results/damping.json"

@@ -20,33 +20,26 @@ import scipy.stats
 from machine import console, machine
 
 from ksl_patch.atomic import write_atomically
-from ksl_patch.certify import at_least
 from ksl_patch.data.columns import Columns
 from ksl_patch.data.encoding import Example
 from ksl_patch.data.languages import language_name
 from ksl_patch.data.reading import read_pairs
-from ksl_patch.evidence import (
-    METRICS,
-    Certificate,
-    Evaluation,
-    SystemScores,
-    against,
-    difference,
-    occurrence_table,
-    read,
-    with_interval,
-    write,
-)
+from ksl_patch.evidence.ablate import PLACES, run_at
+from ksl_patch.evidence.agreement import certify
+from ksl_patch.evidence.certificate import at_least
+from ksl_patch.evidence.compare import evaluate
+from ksl_patch.evidence.outputs import Cache, run
+from ksl_patch.evidence.scorer import Scorer
+from ksl_patch.evidence.systems import make_systems
 from ksl_patch.hf import attach
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import TemplateMeta
+from ksl_patch.patch.evidence import METRICS, Certificate, Evaluation, SystemScores, read, write
+from ksl_patch.patch.wording import against, difference, occurrence_table, with_interval
 from ksl_patch.store.card import markdown_table
 from ksl_patch.ticket import Ticket, given_ticket
-from ksl_patch.train.ablate import PLACES, run_at
-from ksl_patch.train.agreement import certify
 from ksl_patch.train.build import Build, BuildConfig
-from ksl_patch.train.compare import evaluate, make_systems
-from ksl_patch.train.evaluate import Scorer, answer_losses, run
+from ksl_patch.train.loss import answer_losses
 from ksl_patch.train.progress import RichReporter
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +130,7 @@ class Study:
         held_out = held_out or build.held_out.first(PAIRS)
         result = evaluate(
             build.model, build.tokenizer, held_out, systems, self.reporter,
-            max_new_tokens=NEW_TOKENS, cache=build.outputs, part=part,
+            max_new_tokens=NEW_TOKENS, cache=Cache.of(build), part=part,
             source_language="en",
         )  # fmt: skip
         return write(result)
@@ -203,7 +196,7 @@ class Study:
         """The same rows, acting at one place alone."""
         held_out = build.held_out.first(PAIRS)
         scorer = Scorer(held_out.references, language=build.config.language, groups=held_out.groups)
-        base = run(build.model, build.tokenizer, held_out, None, max_new_tokens=NEW_TOKENS, cache=build.outputs)
+        base = run(build.model, build.tokenizer, held_out, None, max_new_tokens=NEW_TOKENS, cache=Cache.of(build))
         systems = [SystemScores(name="base", rows=[0], seeds=[], figures=scorer.of_base(base))]
         for place in PLACES:
             outputs = run_at(build.model, build.tokenizer, held_out, patch, place, max_new_tokens=NEW_TOKENS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ksl_patch.evidence import P_RANKS
+from ksl_patch.patch.wording import P_RANKS
 
 WORDS = {
     "patch": "A file of embedding rows, each for one token of one base model, with which that base answers in another "

@@ -15,7 +15,7 @@ from ksl_patch import Patch, ks_test
 from ksl_patch.errors import KslPatchError, RunError
 from ksl_patch.hf import load_base
 from ksl_patch.train.build import Build, BuildConfig, build
-from ksl_patch.train.evaluate import token_loss
+from ksl_patch.train.loss import token_loss
 from ksl_patch.train.progress import SilentReporter
 
 # d is 32: only large changes are significant, so the learning rates are large.

@@ -9,7 +9,8 @@ from conftest import PAIRS, run_cli
 from scipy.stats import binom
 
 from ksl_patch import Patch
-from ksl_patch.certify import (
+from ksl_patch.errors import RunError
+from ksl_patch.evidence.certificate import (
     ASSUMPTIONS,
     at_least,
     critical_distance,
@@ -19,8 +20,7 @@ from ksl_patch.certify import (
     lower_bound,
     statements,
 )
-from ksl_patch.errors import RunError
-from ksl_patch.evidence import Certificate, Margin, read
+from ksl_patch.patch.evidence import Certificate, Margin, read
 
 
 @pytest.mark.parametrize("n", [20, 64, 300])

@@ -12,11 +12,13 @@ from test_hf import overwritten
 
 from ksl_patch import Patch
 from ksl_patch.errors import DataError, RunError
-from ksl_patch.evidence import Evaluation, read
-from ksl_patch.train.ablate import PLACES, run_at
+from ksl_patch.evidence.ablate import PLACES, run_at
+from ksl_patch.evidence.outputs import Cache, Outputs, run
+from ksl_patch.evidence.scorer import Scorer
+from ksl_patch.evidence.systems import make_systems, noise_patch
+from ksl_patch.patch.evidence import Evaluation, read
 from ksl_patch.train.build import Build, BuildConfig, reopen
-from ksl_patch.train.compare import make_systems, noise_patch
-from ksl_patch.train.evaluate import Cache, Outputs, Scorer, run, token_loss
+from ksl_patch.train.loss import token_loss
 from ksl_patch.train.progress import SilentReporter
 
 REFERENCES = ["El gato ve el mar.", "La mano tiene pan.", "El perro ama la casa.", "Un libro."]

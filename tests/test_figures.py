@@ -31,14 +31,18 @@ from ksl_patch.data.sketch import seen, sketch
 from ksl_patch.data.split import reading_order, split_pairs
 from ksl_patch.data.templates import make_template
 from ksl_patch.errors import DataError, KslPatchError, OtherBodyWarning, RunError, TicketError
-from ksl_patch.evidence import Evaluation, against, from_base, of_seeds, read
+from ksl_patch.evidence.compare import encode_test
+from ksl_patch.evidence.outputs import token_limit
+from ksl_patch.evidence.scorer import Scorer
+from ksl_patch.evidence.systems import make_systems
 from ksl_patch.overlay import slot_rows
+from ksl_patch.patch.evidence import Evaluation, read
+from ksl_patch.patch.wording import against, from_base, of_seeds
 from ksl_patch.store.card import make_card
 from ksl_patch.ticket import given_ticket
 from ksl_patch.train import loaded as loaded_module
 from ksl_patch.train.build import Build, BuildConfig, reopen
-from ksl_patch.train.compare import encode_test, make_systems
-from ksl_patch.train.evaluate import Scorer, answer_losses, token_limit, token_loss
+from ksl_patch.train.loss import answer_losses, token_loss
 from ksl_patch.train.progress import SilentReporter
 
 
@@ -491,7 +495,7 @@ def test_documents_are_held_out_whole(tmp_path):
 def test_intervals_are_over_documents_where_there_are_some():
     texts = ["a b c d"] * 40
     groups = [f"page {i // 10}" for i in range(40)]
-    from ksl_patch.train.evaluate import Outputs
+    from ksl_patch.evidence.outputs import Outputs
 
     base = Outputs(texts, [True] * 40, [1.0] * 40, [1] * 40, [])
     # All sentences of a page gain alike: there are four independent examples, not forty.
@@ -678,7 +682,7 @@ def test_bleu_has_the_words_of_its_language():
         scorer = Scorer(chinese, language=language)
         assert f"tok:{tokenizer}" in scorer.signatures["bleu"]
         assert f"tokenizer {tokenizer};" in scorer.notes[0]
-    from ksl_patch.train.evaluate import Outputs
+    from ksl_patch.evidence.outputs import Outputs
 
     out = Outputs(near, [True] * 2, [1.0] * 2, [1] * 2, [])
     assert Scorer(chinese, language="zh").figures([out], out)["bleu"].value > 80
@@ -691,7 +695,7 @@ def test_bleu_has_the_words_of_its_language():
 
 
 def test_a_right_answer_of_several_lines_is_right_on_its_first_line():
-    from ksl_patch.train.evaluate import Outputs
+    from ksl_patch.evidence.outputs import Outputs
 
     texts = ["Uno dos tres.\nCuatro cinco seis.\nSiete ocho nueve.", "El gato ve el mar.\nLa casa tiene pan.\nFin."]
     out = Outputs(texts, [True] * 2, [1.0] * 2, [1] * 2, [])
@@ -738,7 +742,7 @@ def test_an_answer_in_a_chat_ends_as_the_chat_template_ends_a_turn(chatting, tmp
     [example] = encode(template, [Pair("The cat", "El gato")], chatting, 1, 256).examples
     assert example.answer[-1] == end
     # So the base is not charged for ending as it was taught to, and its output is known to have stopped.
-    from ksl_patch.train.evaluate import translate
+    from ksl_patch.evidence.outputs import translate
 
     class Ends(torch.nn.Module):
         def forward(self, hidden):

@@ -19,24 +19,17 @@ from ksl_patch.data.encoding import encode, source_tokens
 from ksl_patch.data.pairs import Pair
 from ksl_patch.data.recognition import recogniser
 from ksl_patch.errors import RunError
-from ksl_patch.evidence import (
-    Difference,
-    Evaluation,
-    Occurrence,
-    Split,
-    SystemScores,
-    read,
-    where_from,
-    which_occur,
-    write,
-)
+from ksl_patch.evidence.compare import occurrences
+from ksl_patch.evidence.outputs import Outputs
+from ksl_patch.evidence.scorer import Scorer
+from ksl_patch.evidence.systems import make_systems
 from ksl_patch.patch import TemplateMeta
+from ksl_patch.patch.evidence import Difference, Evaluation, Occurrence, Split, SystemScores, read, write
+from ksl_patch.patch.wording import where_from, which_occur
 from ksl_patch.report.page import make_report
 from ksl_patch.store.card import make_card
 from ksl_patch.ticket import given_ticket
 from ksl_patch.train.build import Build, BuildConfig, reopen
-from ksl_patch.train.compare import make_systems, occurrences
-from ksl_patch.train.evaluate import Outputs, Scorer
 from ksl_patch.train.progress import SilentReporter
 
 REFERENCES = ["El gato ve el mar.", "La mano tiene pan.", "El perro ama la casa.", "Un libro en la mesa."]

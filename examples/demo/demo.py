@@ -17,12 +17,14 @@ from rich.text import Text
 
 from ksl_patch.data.languages import language_name
 from ksl_patch.errors import KslPatchError
-from ksl_patch.evidence import Evaluation, from_base, show, where_from, write
+from ksl_patch.evidence.compare import evaluate
+from ksl_patch.evidence.outputs import Cache
+from ksl_patch.evidence.scorer import first_line
 from ksl_patch.hf import generate, prompt_ids
+from ksl_patch.patch.evidence import Evaluation, write
+from ksl_patch.patch.wording import from_base, show, where_from
 from ksl_patch.report.page import AllRows, make_report
 from ksl_patch.train.build import Build, BuildConfig
-from ksl_patch.train.compare import evaluate
-from ksl_patch.train.evaluate import first_line
 from ksl_patch.train.progress import RichReporter
 
 # GNOME's help, or, where that could not be had, verses.
@@ -56,7 +58,7 @@ def build_and_measure(folder: Path, config: BuildConfig, first: Build | None, re
     patch = build.patch()
     evaluation = evaluate(
         build.model, build.tokenizer, build.held_out.first(SCORED), {"patch": {0: patch}}, reporter,
-        max_new_tokens=NEW_TOKENS, cache=build.outputs, part="held-out", source_language=config.source_language,
+        max_new_tokens=NEW_TOKENS, cache=Cache.of(build), part="held-out", source_language=config.source_language,
     )  # fmt: skip
     patch = patch.with_meta(evaluation=write(evaluation))
     path = folder / f"{config.language}.safetensors"

@@ -13,7 +13,7 @@ from ksl_patch.cli.options import REFERENCE
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ksl_patch.evidence import Certificate
+    from ksl_patch.patch.evidence import Certificate
 
 
 @click.command(context_settings={"show_default": True})
@@ -43,8 +43,8 @@ def certify(
     beside what was measured. The result goes into the patch's metadata.
     """
     with subject(reference, output=output, needs_build=True, as_json=as_json, **options) as it:
-        from ksl_patch.evidence import Certificate, write
-        from ksl_patch.train.agreement import certify as compare
+        from ksl_patch.evidence.agreement import certify as compare
+        from ksl_patch.patch.evidence import Certificate, write
 
         assert it.build is not None
         ticket = it.patch.meta.ticket
@@ -63,7 +63,7 @@ def certify(
     if as_json:
         print(it.as_json(result))
         return
-    from ksl_patch.certify import summary
+    from ksl_patch.evidence.certificate import summary
     from ksl_patch.terminal import PlainConsole
 
     console = PlainConsole(width=None if PlainConsole().is_terminal else 120)
@@ -79,7 +79,7 @@ def table(certificate: Certificate) -> Table:
     """The statements, what was found, and what each rests on."""
     from rich.table import Table
 
-    from ksl_patch.certify import statements
+    from ksl_patch.evidence.certificate import statements
 
     result = Table(
         title=f"Agreement with the tuned embedding, on {certificate.what}",

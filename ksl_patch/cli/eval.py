@@ -13,7 +13,7 @@ from ksl_patch.cli.options import REFERENCE
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ksl_patch.evidence import Evaluation
+    from ksl_patch.patch.evidence import Evaluation
 
 
 @click.command(context_settings={"show_default": True})
@@ -51,7 +51,8 @@ def eval(
 
     Everything trained and generated stays in the run folder: an evaluation that was cut off continues.
     """
-    from ksl_patch.evidence import CONTROLS, SYSTEMS, Evaluation, where_from, which_occur, write
+    from ksl_patch.patch.evidence import CONTROLS, SYSTEMS, Evaluation, write
+    from ksl_patch.patch.wording import where_from, which_occur
 
     chosen = {"all": CONTROLS, "none": ()}.get(controls, tuple(part.strip() for part in controls.split(",")))
     if unknown := set(chosen) - {*CONTROLS, "single"}:
@@ -59,7 +60,9 @@ def eval(
             f"there is no control {sorted(unknown)[0]!r}: all, none, or some of {','.join(CONTROLS)},single."
         )
     with subject(reference, output=output, needs_build=False, as_json=as_json, **options) as it:
-        from ksl_patch.train.compare import evaluate, make_systems
+        from ksl_patch.evidence.compare import evaluate
+        from ksl_patch.evidence.outputs import Cache
+        from ksl_patch.evidence.systems import make_systems
 
         old = it.replaced(Evaluation)
         loss = "" if old is None or old.systems else f"It replaces the build's loss on {old.what}."
@@ -74,7 +77,7 @@ def eval(
         replaced = it.check_replaces(old, [*less, *(f"the system {name!r}" for name in gone)])
         result = evaluate(
             it.model, it.tokenizer, it.held_out, systems, it.reporter, max_new_tokens=max_new_tokens,
-            cache=it.build.outputs if it.build else None, part=it.part, uses=it.count_use(),
+            cache=Cache.of(it.build) if it.build else None, part=it.part, uses=it.count_use(),
             source_language=it.build.config.source_language if it.build else None,
         )  # fmt: skip
         it.save(evaluation=write(result))
@@ -105,7 +108,7 @@ def table(evaluation: Evaluation, width: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from ksl_patch.evidence import against, from_base, of_seeds, show
+    from ksl_patch.patch.wording import against, from_base, of_seeds, show
 
     level = f"{evaluation.confidence or 0:.0%} interval"
     seeds = max((len(system.seeds) for system in evaluation.systems), default=1)

@@ -14,7 +14,7 @@ import click
 from ksl_patch.cli.options import PATH_OR_ID, columns_option, one_or_several, starting
 
 if TYPE_CHECKING:
-    from ksl_patch.evidence import Certificate, Evaluation
+    from ksl_patch.patch.evidence import Certificate, Evaluation
 
     E = TypeVar("E", Evaluation, Certificate)
     from ksl_patch.data.encoding import Encoded
@@ -118,7 +118,7 @@ class Subject:
         Raises UsageError for those of another tool, where --force was not given.
         """
         from ksl_patch.errors import PatchError
-        from ksl_patch.evidence import read
+        from ksl_patch.patch.evidence import read
 
         name = kind.__name__.lower()
         if self.target is None or not self.own:
@@ -157,7 +157,7 @@ class Subject:
 
     def as_json(self, result: Evaluation | Certificate) -> str:
         """The result, what it is of and where it was written, as one JSON object."""
-        from ksl_patch.evidence import write
+        from ksl_patch.patch.evidence import write
 
         path = None if self.target is None else str(self.target)
         return json.dumps({"path": path, "digest": self.patch.digest, **write(result)})
@@ -204,9 +204,9 @@ def subject(
     try:
         from ksl_patch.data.columns import Columns
         from ksl_patch.data.reading import read_pairs
+        from ksl_patch.evidence.compare import encode_test
         from ksl_patch.hf import load_base
         from ksl_patch.train.build import reopen
-        from ksl_patch.train.compare import encode_test
         from ksl_patch.train.progress import RichReporter
     except ImportError as error:
         raise click.ClickException(f"this needs the train extra: pip install 'ksl-patch[train]' ({error}).") from error

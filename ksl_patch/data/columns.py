@@ -1,4 +1,4 @@
-"""Which columns of a table hold what, and the pair of a record; how records are read, formats.py and tables.py say."""
+"""Which columns of a table hold what, and the pair of a record; how records are read, records.py and tables.py say."""
 
 from __future__ import annotations
 

@@ -20,8 +20,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from ksl_patch.evidence import METRICS, show
-from ksl_patch.evidence import Figure as Score
+from ksl_patch.patch.evidence import METRICS
+from ksl_patch.patch.evidence import Figure as Score
+from ksl_patch.patch.wording import show
 
 _INK, _GRID, _ACCENT, _OTHER = "#010203", "#040506", "#070809", "#0a0b0c"
 _VARIABLES = {_INK: "var(--ink)", _GRID: "var(--grid)", _ACCENT: "var(--accent)", _OTHER: "var(--other)"}

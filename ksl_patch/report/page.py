@@ -13,26 +13,22 @@ from markupsafe import Markup
 
 from ksl_patch import __version__
 from ksl_patch.atomic import write_atomically
-from ksl_patch.certify import MEANING, statements
 from ksl_patch.errors import RunError
-from ksl_patch.evidence import (
-    METRICS,
+from ksl_patch.evidence.certificate import MEANING, statements
+from ksl_patch.kstest import critical_statistic
+from ksl_patch.patch import Patch
+from ksl_patch.patch.evidence import METRICS, Certificate, Evaluation, Figure, read
+from ksl_patch.patch.wording import (
     P_RANKS,
-    Certificate,
-    Evaluation,
-    Figure,
     against,
     from_base,
     interval,
     occurrence_table,
     of_seeds,
-    read,
     show,
     where_from,
     which_occur,
 )
-from ksl_patch.kstest import critical_statistic
-from ksl_patch.patch import Patch
 from ksl_patch.report.figures import Dot, Picture, dot_plot, histogram, quoted, volcano
 from ksl_patch.train.record import read_record, read_tests
 

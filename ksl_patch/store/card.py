@@ -8,8 +8,9 @@ from typing import Any
 
 from ksl_patch.base.names import is_hub_id
 from ksl_patch.errors import HubError, PatchError
-from ksl_patch.evidence import Evaluation, Figure, against, of_seeds, read, where_from, with_interval
 from ksl_patch.patch import Patch
+from ksl_patch.patch.evidence import Evaluation, Figure, read
+from ksl_patch.patch.wording import against, of_seeds, where_from, with_interval
 
 CARD = "README.md"
 _TAGS = ("embedding-patch", "ks-lottery")

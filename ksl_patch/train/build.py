@@ -36,11 +36,11 @@ from ksl_patch.data.sketch import sketch
 from ksl_patch.data.split import reading_order, split_pairs
 from ksl_patch.data.templates import make_template, template_fields
 from ksl_patch.errors import DataError, RunError
-from ksl_patch.evidence import Evaluation, write
 from ksl_patch.hf import attach, end_token_id, load_base
 from ksl_patch.kstest import KSResult, ks_test
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch, Scope, Side, TemplateMeta, TicketMeta, TrainingMeta
+from ksl_patch.patch.evidence import Evaluation, write
 from ksl_patch.patch.meta import timestamp
 from ksl_patch.patch.names import check_language, check_name
 from ksl_patch.terminal import counted
@@ -54,8 +54,8 @@ from ksl_patch.ticket import (
     l2_ticket,
     random_ticket,
 )
-from ksl_patch.train.evaluate import Cache, token_loss
 from ksl_patch.train.loaded import Loaded, launched
+from ksl_patch.train.loss import token_loss
 from ksl_patch.train.progress import Reporter, SilentReporter
 from ksl_patch.train.record import Machine, Record, keep, note_use, read_record, read_tests, write_record
 from ksl_patch.train.tune import TuneSettings, autocasts, optimiser, tune_rows
@@ -240,11 +240,6 @@ class Build:
             )
             lines = [f"{count} left out (--strict refuses them):", *reading.first]
             self.reporter.note("wrong_lines", "\n  ".join(lines), lines=reading.wrong, first=reading.first)
-
-    @property
-    def outputs(self) -> Cache:
-        """Where what systems did on pairs is kept."""
-        return Cache(self.run / "outputs", self.loaded.digest)
 
     @property
     def machine(self) -> Machine:

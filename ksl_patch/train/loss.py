@@ -1,4 +1,4 @@
-"""The logits that a loss needs: those that predict an answer's tokens, and no others.
+"""The loss of answers, from the logits that predict their tokens and no others.
 
 A head over 262,144 tokens costs more than twice what the layers of a small model cost; prompts and padding have no
 loss.
@@ -6,12 +6,17 @@ loss.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from ksl_patch.data.encoding import IGNORED
+from ksl_patch.data.encoding import IGNORED, Example, collate
+from ksl_patch.errors import RunError
+from ksl_patch.hf import PatchHandle
 
 
 def answer_logits(model: Any, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -40,3 +45,38 @@ def answer_logits(model: Any, batch: dict[str, torch.Tensor], labels: torch.Tens
         if hook is not None:
             hook.remove()
     return logits[0] if called else logits[predicts.to(logits.device)]
+
+
+@torch.no_grad()
+def answer_losses(
+    model: Any, examples: Sequence[Example], *, batch_size: int = 8, handle: PatchHandle | None = None
+) -> tuple[list[float], list[int]]:
+    """Negative log-likelihood of each example's answer, in nats, and the number of its tokens.
+
+    handle: whose patches the model answers with, so that those of scope "prompt" act on the prompts alone.
+    """
+    losses, counts = [0.0] * len(examples), [0] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt) + len(examples[i].answer))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in part], pad=0).items()}
+        labels = batch.pop("labels")
+        with nullcontext() if handle is None else handle.marking(labels == IGNORED):
+            logits = answer_logits(model, batch, labels)
+        labels = labels[:, 1:]
+        answer = labels != IGNORED
+        each = torch.zeros(labels.shape, device=logits.device)
+        each[answer] = F.cross_entropy(logits.float(), labels[answer].to(logits.device), reduction="none")
+        for i, loss, count in zip(part, each.double().sum(dim=1).tolist(), answer.sum(dim=1).tolist(), strict=True):
+            losses[i], counts[i] = loss, count
+    if not math.isfinite(sum(losses)):
+        raise RunError("the model's loss on these pairs is not a number: its rows or its weights are too large.")
+    return losses, counts
+
+
+def token_loss(
+    model: Any, examples: Sequence[Example], *, batch_size: int = 8, handle: PatchHandle | None = None
+) -> float:
+    """Mean negative log-likelihood per answer token, in nats, over all tokens of all examples; see `answer_losses`."""
+    losses, counts = answer_losses(model, examples, batch_size=batch_size, handle=handle)
+    return sum(losses) / sum(counts)

@@ -1,12 +1,10 @@
-"""What a patch's metadata says of its effect: the evaluation and the certificate, as typed data.
+"""What a patch's metadata says of its effect: the form of an evaluation and of a certificate, read from any file.
 
-They are computed elsewhere (`train/evaluate.py`, `certify.py`); here is only their form and how it is read back
-from a file that anybody may have written.
+How they are computed is evidence/'s, how they are said in words wording.py's.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -41,12 +39,6 @@ SYSTEMS = {
     "noise": "random change, same norms",
 }
 CONTROLS = ("frequency", "l2", "random", "noise")
-# What a p-value of a ticket is.
-P_RANKS = (
-    "ranks the rows and is no calibrated probability: values before and after are paired, and the test takes them to "
-    "be independent"
-)
-_NAMED = 24  # rows in a sentence; tables have all of them
 PARTS = {"dev": "dev", "held-out": "held-out", "given": "test"}
 
 
@@ -212,7 +204,7 @@ class Margin:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """The three certificates of a patch against the fully tuned embedding; see `certify.py` for their assumptions.
+    """The three certificates of a patch against the tuned embedding; `evidence/certificate.py` has their assumptions.
 
     exact: inputs whose every token has the same row in both tables. part, notes: as in `Evaluation`.
     """
@@ -260,99 +252,3 @@ def in_words(pairs: int, part: str | None) -> str:
 def write(value: Evaluation | Certificate) -> dict[str, Any]:
     """The form that the metadata holds."""
     return asdict(value)
-
-
-def show(metric: str, value: float, sign: str = "") -> str:
-    """A metric's value in its format; nothing is "-0". sign: "+" for a difference."""
-    text = format(value, sign + METRICS[metric][1])
-    return text if re.search("[1-9]", text) else text.lstrip("+-")
-
-
-def interval(metric: str, figure: Figure) -> str:
-    """The interval of a figure's difference from the base; empty where it has none."""
-    if figure.low is None or figure.high is None:
-        return ""
-    return f"{show(metric, figure.low)} to {show(metric, figure.high)}"
-
-
-def with_interval(metric: str, figure: Figure | None) -> str:
-    """A figure and, in brackets, the interval of its difference from the base."""
-    if figure is None:
-        return ""
-    between = interval(metric, figure)
-    return show(metric, figure.value) + (f" ({between})" if between else "")
-
-
-def from_base(metric: str, figure: Figure) -> str:
-    """The difference of a figure from the base, and its interval in brackets; empty for the base."""
-    if figure.difference is None:
-        return ""
-    return difference(metric, Difference(value=figure.difference, low=figure.low, high=figure.high))
-
-
-def difference(metric: str, found: Difference) -> str:
-    """A difference with its sign, and its interval in brackets where it has one."""
-    between = (
-        ""
-        if found.low is None or found.high is None
-        else f" ({signed(metric, found.low)} to {signed(metric, found.high)})"
-    )
-    return signed(metric, found.value) + between
-
-
-def against(metric: str, figure: Figure | None) -> str:
-    """The patch's value minus this system's, and its interval in brackets; empty where there is none."""
-    if figure is None or figure.patch_minus is None:
-        return ""
-    return difference(metric, figure.patch_minus)
-
-
-def where_from(evaluation: Evaluation) -> str:
-    """In a sentence, how much of the patch's gain in chrF++ is content and how much stopping; empty where unknown."""
-    split = next((system.split for system in evaluation.systems if system.name == "patch"), None)
-    if split is None:
-        return ""
-    raw, content, stopping = (difference("chrf", part) for part in (split.raw, split.content, split.stopping))
-    return (
-        f"Of the patch's {raw} chrF++ raw, {content} are content (the first line) and {stopping} stopping (what "
-        "follows the first line)."
-    )
-
-
-def which_occur(evaluation: Evaluation) -> str:
-    """In a sentence, which rows of the patch occur in no prompt that was measured; empty where unknown."""
-    rows = evaluation.occurrences
-    if not rows:
-        return ""
-    absent = [repr(row.token) if row.token is not None else str(row.token_id) for row in rows if not row.prompt]
-    if not absent:
-        return f"Each row occurs in at least one of the {evaluation.pairs} prompts."
-    more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
-    occur = "occurs" if len(absent) == 1 else "occur"
-    nowhere = sum(not row.prompt and not row.answer for row in rows)
-    return (
-        f"{len(absent)} of {len(rows)} rows {occur} in none of the {evaluation.pairs} prompts: "
-        f"{', '.join(absent[:_NAMED])}{more}; {nowhere or 'none'} of these in no reference answer either."
-    )
-
-
-def occurrence_table(evaluation: Evaluation | None) -> tuple[list[str], dict[int, list[str]]]:
-    """What is said of rows' occurrences: the columns' names, and the cells by token id; empty where unknown."""
-    rows = (evaluation and evaluation.occurrences) or []
-    if not rows:
-        return [], {}
-    parts = ["prompt", "answer"] if any(row.source is None for row in rows) else ["instruction", "source", "answer"]
-    cells = {row.token_id: [*(str(getattr(row, part)) for part in parts), f"{row.share:.0%}"] for row in rows}
-    return [*parts, "of prompts"], cells
-
-
-def of_seeds(metric: str, figure: Figure | None) -> str:
-    """The smallest and largest value over training seeds; empty where there is one."""
-    if figure is None or len(figure.per_seed) < 2:
-        return ""
-    return f"{show(metric, min(figure.per_seed))} to {show(metric, max(figure.per_seed))}"
-
-
-def signed(metric: str, value: float) -> str:
-    """A difference in a metric's format, with its sign."""
-    return show(metric, value, "+")

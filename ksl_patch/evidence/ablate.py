@@ -12,10 +12,11 @@ import torch
 from ksl_patch.base import find_embedding
 from ksl_patch.data.encoding import IGNORED, Encoded, collate, source_tokens
 from ksl_patch.errors import RunError
+from ksl_patch.evidence.outputs import Outputs, of_completions
 from ksl_patch.hf import Completion, attach, complete
 from ksl_patch.overlay import TrainedRows, slot_rows
 from ksl_patch.patch import Patch
-from ksl_patch.train.evaluate import Outputs, answer_losses, of_completions
+from ksl_patch.train.loss import answer_losses
 
 Place = Literal["everywhere", "prompt", "template", "source", "target"]
 PLACES: tuple[Place, ...] = ("everywhere", "prompt", "template", "source", "target")

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from ksl_patch.certify import exact, ks_margin, lower_bound
 from ksl_patch.data.encoding import Encoded, Example, collate
 from ksl_patch.errors import RunError
-from ksl_patch.evidence import Certificate
+from ksl_patch.evidence.certificate import exact, ks_margin, lower_bound
+from ksl_patch.evidence.outputs import Cache, run, token_limit
 from ksl_patch.hf import attach
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch
+from ksl_patch.patch.evidence import Certificate
 from ksl_patch.train.build import Build
-from ksl_patch.train.evaluate import run, token_limit
 
 
 def certify(
@@ -47,7 +47,7 @@ def certify(
     patched, _ = next_tokens(build.model, held_out.examples, patch)
     outputs = [
         run(
-            build.model, build.tokenizer, held_out, each, max_new_tokens=max_new_tokens, cache=build.outputs,
+            build.model, build.tokenizer, held_out, each, max_new_tokens=max_new_tokens, cache=Cache.of(build),
             reporter=build.reporter, stage=f"answers: {name}",
         ).token_ids
         for name, each in (("embedding tuned", tuned), ("patch", patch))

@@ -1,0 +1,76 @@
+"""The systems that a patch is judged beside: the tuned embedding that it came from, and other rows in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ksl_patch.errors import RunError
+from ksl_patch.patch import Patch
+from ksl_patch.patch.evidence import CONTROLS
+from ksl_patch.train.build import Build
+
+
+def noise_patch(patch: Patch, seed: int) -> Patch:
+    """Control: the patch's rows moved from the base's in a random direction, each as far as the patch moves it."""
+    base = patch.base_rows.float()
+    direction = torch.randn(base.shape, generator=torch.Generator().manual_seed(seed))
+    length = (patch.rows.float() - base).norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True)
+    return replace(patch, rows=(base + direction * length).to(patch.rows.dtype), output_rows=None)
+
+
+def make_systems(
+    patch: Patch, build: Build | None, controls: Sequence[str] = CONTROLS, seeds: int = 1
+) -> dict[str, dict[int, Patch]]:
+    """The systems to evaluate, by name and training seed: the patch, the tuned embedding, the controls.
+
+    The first seed is the patch's own; the build trains what is not in its run folder yet. Without a build there is
+    the patch, and the random change. A control has as many rows as the patch of its seed (the best single row is one),
+    and the same training. A system is there with every seed, or not at all.
+    """
+    own = patch.meta.training.seed if patch.meta.training else 0
+    if build is None:
+        if seeds > 1:
+            raise RunError("several training seeds need the run folder of the patch's build.")
+        return {"patch": {own: patch}} | ({"noise": {own: noise_patch(patch, own)}} if "noise" in controls else {})
+    systems: dict[str, dict[int, Patch]] = {}
+    selection = "given" if build.config.rows else build.config.selection
+    builds = {seed: build if seed == own else build.seeded(seed) for seed in range(own, own + seeds)}
+    if selection in ("ks", "l2") or build.config.mode == "transfer":
+        for seed, seeded in builds.items():
+            if seed != own:
+                seeded.embedding()  # its ticket comes from there
+    without = [seed for seed, seeded in builds.items() if not seeded.is_embedding_tuned]
+    if without:
+        build.reporter.note(
+            "left_out",
+            f"the tuned embedding is left out, and so is the control l2, which is chosen from it: {build.run} has none "
+            f"for the seed {', '.join(map(str, without))}. "
+            + (
+                f"The selection {selection!r} needs none; `ksl-patch build` with the same settings there, with "
+                "--selection ks and without --rows, makes it."
+                if selection not in ("ks", "l2") and build.config.mode != "transfer"
+                else "It was deleted, or the base, the pairs or the template are other ones than it was tuned with."
+            ),
+            seeds=without,
+        )
+    for seed, seeded in builds.items():
+        this = patch if seed == own else seeded.patch_of(seeded.ticket())
+        made = {"patch": this}
+        k = len(this.token_ids)
+        for name in ("frequency", "random"):
+            if name in controls and name != selection:
+                made[name] = seeded.patch_of(seeded.ticket(name, k))  # type: ignore[arg-type]
+        if not without:
+            made["embedding"] = seeded.embedding_patch()
+            if "l2" in controls and selection != "l2":
+                made["l2"] = seeded.patch_of(seeded.ticket("l2", k))
+        if "single" in controls and selection != "single":
+            made["single"] = seeded.patch_of(seeded.ticket("single"))
+        if "noise" in controls:
+            made["noise"] = noise_patch(this, seed)
+        for name, system in made.items():
+            systems.setdefault(name, {})[seed] = system
+    return systems

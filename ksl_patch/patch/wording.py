@@ -1,0 +1,110 @@
+"""Figures in words and in the cells of tables, for the command line, the report and the model card alike."""
+
+from __future__ import annotations
+
+import re
+
+from ksl_patch.patch.evidence import METRICS, Difference, Evaluation, Figure
+
+# What a p-value of a ticket is.
+P_RANKS = (
+    "ranks the rows and is no calibrated probability: values before and after are paired, and the test takes them to "
+    "be independent"
+)
+_NAMED = 24  # rows in a sentence; tables have all of them
+
+
+def show(metric: str, value: float, sign: str = "") -> str:
+    """A metric's value in its format; nothing is "-0". sign: "+" for a difference."""
+    text = format(value, sign + METRICS[metric][1])
+    return text if re.search("[1-9]", text) else text.lstrip("+-")
+
+
+def interval(metric: str, figure: Figure) -> str:
+    """The interval of a figure's difference from the base; empty where it has none."""
+    if figure.low is None or figure.high is None:
+        return ""
+    return f"{show(metric, figure.low)} to {show(metric, figure.high)}"
+
+
+def with_interval(metric: str, figure: Figure | None) -> str:
+    """A figure and, in brackets, the interval of its difference from the base."""
+    if figure is None:
+        return ""
+    between = interval(metric, figure)
+    return show(metric, figure.value) + (f" ({between})" if between else "")
+
+
+def from_base(metric: str, figure: Figure) -> str:
+    """The difference of a figure from the base, and its interval in brackets; empty for the base."""
+    if figure.difference is None:
+        return ""
+    return difference(metric, Difference(value=figure.difference, low=figure.low, high=figure.high))
+
+
+def difference(metric: str, found: Difference) -> str:
+    """A difference with its sign, and its interval in brackets where it has one."""
+    between = (
+        ""
+        if found.low is None or found.high is None
+        else f" ({signed(metric, found.low)} to {signed(metric, found.high)})"
+    )
+    return signed(metric, found.value) + between
+
+
+def against(metric: str, figure: Figure | None) -> str:
+    """The patch's value minus this system's, and its interval in brackets; empty where there is none."""
+    if figure is None or figure.patch_minus is None:
+        return ""
+    return difference(metric, figure.patch_minus)
+
+
+def where_from(evaluation: Evaluation) -> str:
+    """In a sentence, how much of the patch's gain in chrF++ is content and how much stopping; empty where unknown."""
+    split = next((system.split for system in evaluation.systems if system.name == "patch"), None)
+    if split is None:
+        return ""
+    raw, content, stopping = (difference("chrf", part) for part in (split.raw, split.content, split.stopping))
+    return (
+        f"Of the patch's {raw} chrF++ raw, {content} are content (the first line) and {stopping} stopping (what "
+        "follows the first line)."
+    )
+
+
+def which_occur(evaluation: Evaluation) -> str:
+    """In a sentence, which rows of the patch occur in no prompt that was measured; empty where unknown."""
+    rows = evaluation.occurrences
+    if not rows:
+        return ""
+    absent = [repr(row.token) if row.token is not None else str(row.token_id) for row in rows if not row.prompt]
+    if not absent:
+        return f"Each row occurs in at least one of the {evaluation.pairs} prompts."
+    more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
+    occur = "occurs" if len(absent) == 1 else "occur"
+    nowhere = sum(not row.prompt and not row.answer for row in rows)
+    return (
+        f"{len(absent)} of {len(rows)} rows {occur} in none of the {evaluation.pairs} prompts: "
+        f"{', '.join(absent[:_NAMED])}{more}; {nowhere or 'none'} of these in no reference answer either."
+    )
+
+
+def occurrence_table(evaluation: Evaluation | None) -> tuple[list[str], dict[int, list[str]]]:
+    """What is said of rows' occurrences: the columns' names, and the cells by token id; empty where unknown."""
+    rows = (evaluation and evaluation.occurrences) or []
+    if not rows:
+        return [], {}
+    parts = ["prompt", "answer"] if any(row.source is None for row in rows) else ["instruction", "source", "answer"]
+    cells = {row.token_id: [*(str(getattr(row, part)) for part in parts), f"{row.share:.0%}"] for row in rows}
+    return [*parts, "of prompts"], cells
+
+
+def of_seeds(metric: str, figure: Figure | None) -> str:
+    """The smallest and largest value over training seeds; empty where there is one."""
+    if figure is None or len(figure.per_seed) < 2:
+        return ""
+    return f"{show(metric, min(figure.per_seed))} to {show(metric, max(figure.per_seed))}"
+
+
+def signed(metric: str, value: float) -> str:
+    """A difference in a metric's format, with its sign."""
+    return show(metric, value, "+")
