@@ -1,6 +1,6 @@
 """How far a patch agrees with the fully tuned embedding: counted, bounded, and guessed, never mixed.
 
-The mathematics and the assumptions are here; `train/agreement.py` gets the model's answers.
+The mathematics and the assumptions are here; `agreement.py` gets the model's answers.
 """
 
 from __future__ import annotations
