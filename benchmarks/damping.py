@@ -16,7 +16,8 @@ import numpy as np
 from machine import console, machine
 
 from ksl_patch.atomic import write_atomically
-from ksl_patch.train.build import Build, BuildConfig
+from ksl_patch.train.build import Build
+from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.loss import token_loss
 from ksl_patch.train.progress import RichReporter
 

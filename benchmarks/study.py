@@ -38,7 +38,8 @@ from ksl_patch.patch.evidence import METRICS, Certificate, Evaluation, SystemSco
 from ksl_patch.patch.wording import against, difference, occurrence_table, with_interval
 from ksl_patch.store.card import markdown_table
 from ksl_patch.ticket import Ticket, given_ticket
-from ksl_patch.train.build import Build, BuildConfig
+from ksl_patch.train.build import Build
+from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.loss import answer_losses
 from ksl_patch.train.progress import RichReporter
 

@@ -14,7 +14,8 @@ import torch
 from ksl_patch import Patch, ks_test
 from ksl_patch.errors import KslPatchError, RunError
 from ksl_patch.hf import load_base
-from ksl_patch.train.build import Build, BuildConfig, build
+from ksl_patch.train.build import Build, build
+from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.loss import token_loss
 from ksl_patch.train.progress import SilentReporter
 

@@ -164,7 +164,7 @@ def test_the_training_data_of_the_ticket_gives_no_certificate(built, pairs_file,
     fresh.write_text("The bird sees the moon.\tEl ave ve la luna.\nThe bird has bread.\tEl ave tiene pan.\n")
     code, out, err = run_cli("certify", built, "--test", fresh, "--no-save", "--json", "--max-new-tokens", "4")
     assert (code, json.loads(out)["pairs"]) == (0, 2), err
-    from ksl_patch.train.build import reopen
+    from ksl_patch.train.reopen import reopen
 
     trained = reopen(Patch.load(built), built.with_name("es.safetensors.run")).pairs.train[0]
     assert tuple(trained[:2]) in PAIRS

@@ -17,7 +17,7 @@ from ksl_patch.cli import cli
 from ksl_patch.cli.build import build as build_command
 from ksl_patch.hf import load_base
 from ksl_patch.patch import TemplateMeta
-from ksl_patch.train.build import BuildConfig
+from ksl_patch.train.config import BuildConfig
 
 
 def run(*arguments):

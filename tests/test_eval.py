@@ -17,9 +17,11 @@ from ksl_patch.evidence.outputs import Cache, Outputs, run
 from ksl_patch.evidence.scorer import Scorer
 from ksl_patch.evidence.systems import make_systems, noise_patch
 from ksl_patch.patch.evidence import Evaluation, read
-from ksl_patch.train.build import Build, BuildConfig, reopen
+from ksl_patch.train.build import Build
+from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.loss import token_loss
 from ksl_patch.train.progress import SilentReporter
+from ksl_patch.train.reopen import reopen
 
 REFERENCES = ["El gato ve el mar.", "La mano tiene pan.", "El perro ama la casa.", "Un libro."]
 BASE = ["The cat\nsees", "la mano", "El perro ama", "no no no no"]

@@ -41,9 +41,11 @@ from ksl_patch.patch.wording import against, from_base, of_seeds
 from ksl_patch.store.card import make_card
 from ksl_patch.ticket import given_ticket
 from ksl_patch.train import loaded as loaded_module
-from ksl_patch.train.build import Build, BuildConfig, reopen
+from ksl_patch.train.build import Build
+from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.loss import answer_losses, token_loss
 from ksl_patch.train.progress import SilentReporter
+from ksl_patch.train.reopen import reopen
 
 
 @pytest.fixture

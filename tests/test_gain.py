@@ -29,8 +29,10 @@ from ksl_patch.patch.wording import where_from, which_occur
 from ksl_patch.report.page import make_report
 from ksl_patch.store.card import make_card
 from ksl_patch.ticket import given_ticket
-from ksl_patch.train.build import Build, BuildConfig, reopen
+from ksl_patch.train.build import Build
+from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.progress import SilentReporter
+from ksl_patch.train.reopen import reopen
 
 REFERENCES = ["El gato ve el mar.", "La mano tiene pan.", "El perro ama la casa.", "Un libro en la mesa."]
 

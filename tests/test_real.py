@@ -10,7 +10,8 @@ from test_hf import overwritten
 from ksl_patch import Patch, attach
 from ksl_patch.errors import BaseMismatchError
 from ksl_patch.hf import generate, load_base
-from ksl_patch.train.build import Build, BuildConfig
+from ksl_patch.train.build import Build
+from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.progress import SilentReporter
 
 pytestmark = pytest.mark.real

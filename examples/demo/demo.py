@@ -24,7 +24,8 @@ from ksl_patch.hf import generate, prompt_ids
 from ksl_patch.patch.evidence import Evaluation, write
 from ksl_patch.patch.wording import from_base, show, where_from
 from ksl_patch.report.page import AllRows, make_report
-from ksl_patch.train.build import Build, BuildConfig
+from ksl_patch.train.build import Build
+from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.progress import RichReporter
 
 # GNOME's help, or, where that could not be had, verses.

@@ -198,8 +198,8 @@ def build(
 
     starting(as_json)
     try:
-        from ksl_patch.train.build import BuildConfig
         from ksl_patch.train.build import build as build_patch
+        from ksl_patch.train.config import BuildConfig
         from ksl_patch.train.loaded import launched
         from ksl_patch.train.progress import JsonReporter, RichReporter, SilentReporter
     except ImportError as error:

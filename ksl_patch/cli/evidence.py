@@ -206,8 +206,8 @@ def subject(
         from ksl_patch.data.reading import read_pairs
         from ksl_patch.evidence.compare import encode_test
         from ksl_patch.hf import load_base
-        from ksl_patch.train.build import reopen
         from ksl_patch.train.progress import RichReporter
+        from ksl_patch.train.reopen import reopen
     except ImportError as error:
         raise click.ClickException(f"this needs the train extra: pip install 'ksl-patch[train]' ({error}).") from error
 

@@ -6,7 +6,9 @@ import json
 import os
 import sys
 import time
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -53,6 +55,16 @@ class SilentReporter:
 
     def end(self) -> None:
         """Say nothing."""
+
+
+@contextmanager
+def noting_warnings(reporter: Reporter) -> Iterator[None]:
+    """A `with` block whose warnings the reporter notes at its end."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        reporter.note("warning", str(warning.message))
 
 
 class _Pace:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from ksl_patch.data.encoding import IGNORED, Example, collate
 from ksl_patch.errors import RunError
 from ksl_patch.overlay import training
 from ksl_patch.patch import Scope, Side
+from ksl_patch.train.interrupts import interrupts_noted
 from ksl_patch.train.loss import answer_logits
 from ksl_patch.train.progress import Reporter
 
@@ -106,7 +105,7 @@ def tune_rows(
             callbacks=[progress],
         )
         trainer.remove_callback(PrinterCallback)
-        with _saved_when_interrupted(progress):
+        with interrupts_noted(progress.interrupt):
             trainer.train(resume_from_checkpoint=_last_complete(folder))
         if progress.interrupted and trainer.state.global_step < settings.steps:
             raise KeyboardInterrupt
@@ -144,33 +143,6 @@ def _alone(folder: Path) -> Iterator[None]:
         raise RunError(
             f"another build is training in {folder}: wait for it, or give this one its own --resume."
         ) from error
-
-
-@contextmanager
-def _saved_when_interrupted(progress: _Progress) -> Iterator[None]:
-    """Let a first interrupt end the training at the end of its step, which is kept; a second one ends it at once.
-
-    An interrupt is Ctrl-C, a closed terminal, or a request to end (SIGTERM). Where this is not the main thread, or one
-    process of several, interrupts stay what they are.
-    """
-    alone = threading.current_thread() is threading.main_thread() and int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if not alone:
-        yield
-        return
-
-    def note(*_: Any) -> None:
-        if progress.interrupted:
-            raise KeyboardInterrupt
-        progress.interrupt()
-
-    handled = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    # What is ignored stays so: nohup, or a script's job in the background.
-    before = {each: signal.signal(each, note) for each in handled if signal.getsignal(each) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, signal.SIG_DFL if handler is None else handler)
 
 
 def autocasts(device: str) -> bool:

@@ -1,0 +1,91 @@
+"""From trained rows to a patch: the cast to the base's dtype, and what the metadata says of ticket and training."""
+
+from __future__ import annotations
+
+import torch
+
+from ksl_patch.base import find_embedding
+from ksl_patch.data.pairs import data_digest
+from ksl_patch.data.sketch import sketch
+from ksl_patch.patch import Patch, TicketMeta, TrainingMeta
+from ksl_patch.ticket import Ticket
+from ksl_patch.train.material import Material
+from ksl_patch.train.tune import optimiser
+
+
+def assemble(of: Material, ticket: Ticket, rows: torch.Tensor, embedding_rows: int) -> Patch:
+    """The patch of some rows, float32 [k, d], cast to the base's own dtype.
+
+    embedding_rows: how many the embedding tuning trained.
+    """
+    config = of.config
+    table = find_embedding(of.model)
+    compute = table.weight.dtype
+    table.weight.data = table.weight.data.to(of.loaded.dtype)
+    try:
+        patch = Patch.from_model(
+            of.model,
+            torch.from_numpy(ticket.token_ids),
+            rows,
+            name=config.name,
+            language=config.language,
+            tokenizer=of.tokenizer,
+            side=config.side,
+            scope=config.scope,
+            template=of.template,
+            licence=config.licence,
+        )
+    finally:
+        table.weight.data = table.weight.data.to(compute)
+    whole = ticket.selection == "all"
+    partial = config.mode == "partial" and not whole
+    tuned = not partial or ticket.selection in ("ks", "l2")
+    steps = max(config.steps if partial else 0, config.embed_steps if tuned else 0)
+    read = of.pairs_read_in(steps)
+    return patch.with_meta(
+        base=of.base,
+        ticket=TicketMeta(
+            selection=ticket.selection,
+            test=None if ticket.statistic is None else "two-sample Kolmogorov-Smirnov, two-sided, exact",
+            alpha=ticket.alpha,
+            top_k=ticket.top_k,
+            statistic=None if ticket.statistic is None else ticket.statistic.tolist(),
+            pvalue=None if ticket.pvalue is None else ticket.pvalue.tolist(),
+        ),
+        training=TrainingMeta(
+            mode="transfer" if whole else config.mode,
+            steps=config.steps if partial else 0,
+            lr=config.lr * of.scale if partial else 0.0,
+            optimiser="AdamW, weight decay 0, linear decay",
+            batch_size=of.batch,
+            seed=config.seed,
+            data_digest=data_digest(of.pairs.train),
+            pairs=len(of.train),
+            embed_steps=config.embed_steps if tuned else 0,
+            embed_lr=config.embed_lr * of.scale if tuned else 0.0,
+            embedding_scale=of.scale,
+            pairs_read=len(of.pairs_read_in(config.steps)) if partial else 0,
+            embed_pairs_read=len(of.pairs_read_in(config.embed_steps)) if tuned else 0,
+            processes=of.processes,
+            hyperparameters=_hyperparameters(of, len(ticket), partial, embedding_rows if tuned else None),
+            sources=sketch(read),
+        ),
+    )
+
+
+def _hyperparameters(
+    of: Material, rows: int, partial: bool, embedding_rows: int | None
+) -> dict[str, int | float | str | bool]:
+    """What the optimiser of the rows was set to; embed_: what is other in the embedding tuning before."""
+    config, d = of.config, of.base.hidden_size
+    found = optimiser(rows * d, damp_rare=False) if partial else {}
+    if embedding_rows is not None:
+        embed = optimiser(embedding_rows * d, damp_rare=config.damp_rare)
+        found = found or {key: value for key, value in embed.items() if key != "adam_epsilon"}
+        found |= {"damp_rare": config.damp_rare, "embed_adam_epsilon": embed["adam_epsilon"]}
+    return found | {
+        "gradient_accumulation_steps": config.accumulate,
+        "dtype": of.machine.dtype,
+        "bf16": of.machine.autocast,
+        "device": of.machine.device,
+    }

@@ -1,0 +1,77 @@
+"""The settings of a build: everything that its patch depends on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from ksl_patch.patch import Patch, Scope, Side
+from ksl_patch.ticket import DEFAULT_CAP, Selection
+
+Mode = Literal["partial", "transfer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Everything a build depends on. Learning rates are in units of the standard deviation of the table's values.
+
+    pairs: what `read_pairs` takes. strict: a line that is no pair is an error, and not left out.
+    rows: tokens named by hand, ids or texts, in place of a selection. group: the pairs' column with their document.
+    data_seed: of the split into training, dev and held-out pairs. damp_rare: of the embedding tuning, see
+    `TuneSettings`. base_model: the base's id on the Hub, where it is a folder.
+    """
+
+    base: str
+    pairs: str | tuple[str, ...]
+    language: str
+    name: str
+    revision: str | None = None
+    source_language: str = "en"
+    columns: tuple[str, str] = ("source", "target")
+    group: str | None = None
+    strict: bool = False
+    template: str = "plain"
+    system: str | None = None
+    alpha: float | None = 0.05
+    top_k: int | None = None
+    cap: int = DEFAULT_CAP
+    selection: Selection = "ks"
+    rows: tuple[str | int, ...] = ()
+    mode: Mode = "partial"
+    side: Side = "input"
+    scope: Scope = "all"
+    embed_steps: int = 100
+    embed_lr: float = 0.15
+    damp_rare: bool = True
+    steps: int = 100
+    lr: float = 0.15
+    batch_size: int = 8
+    accumulate: int = 1
+    seed: int = 0
+    data_seed: int = 0
+    dev: int = 64
+    held_out: int = 64
+    max_pairs: int | None = None
+    max_length: int = 256
+    checkpoint_every: int = 25
+    gradient_checkpointing: bool = False
+    licence: str | None = None
+    device: str | None = None
+    base_model: str | None = None
+
+
+def selected_as(patch: Patch, config: BuildConfig) -> BuildConfig:
+    """The settings with the patch's own selection: two that gave the same rows share a digest, and so a record."""
+    ticket = patch.meta.ticket
+    if ticket is None:
+        return config
+    if ticket.selection == "given":
+        return replace(config, rows=tuple(patch.token_ids.tolist()))
+    return replace(config, rows=(), selection=ticket.selection, alpha=ticket.alpha, top_k=ticket.top_k)  # type: ignore[arg-type]
+
+
+def from_anywhere(path: str) -> str:
+    """A path from anywhere; what does not exist is an id on the Hub."""
+    return os.path.abspath(path) if Path(path).exists() else path  # noqa: PTH100 - a link's name says a form, too

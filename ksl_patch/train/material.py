@@ -1,0 +1,284 @@
+"""What a build works on: the base, the pairs in three parts, and the template that puts them into token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ksl_patch.base import find_embedding
+from ksl_patch.base.names import check_base_model, is_hub_id, named_in_files
+from ksl_patch.base.tensors import dtype_name
+from ksl_patch.data.columns import Columns
+from ksl_patch.data.encoding import Encoded, Example, check_ids, encode, source_tokens
+from ksl_patch.data.languages import check_languages, language_name
+from ksl_patch.data.pairs import Pair
+from ksl_patch.data.reading import Reading, read_pairs
+from ksl_patch.data.recognition import recogniser
+from ksl_patch.data.split import reading_order, split_pairs
+from ksl_patch.data.templates import make_template, template_fields
+from ksl_patch.errors import RunError
+from ksl_patch.hf import end_token_id, load_base
+from ksl_patch.patch import TemplateMeta
+from ksl_patch.patch.names import check_language, check_name
+from ksl_patch.terminal import counted
+from ksl_patch.train.config import BuildConfig
+from ksl_patch.train.loaded import Loaded, launched
+from ksl_patch.train.progress import Reporter
+from ksl_patch.train.record import Machine
+from ksl_patch.train.run_folder import RunFolder
+from ksl_patch.train.tune import autocasts
+
+
+class Material:
+    """A build's base and pairs, ready after construction.
+
+    pairs, model, tokenizer, template, train, dev, held_out: what it works on. base: its identity. scale: the standard
+    deviation of its table's values. processes: how many train together.
+    loaded: the base, where it is at hand. reopened: where its patch was trained; stages that were finished there, or on
+    another kind of machine, are used then. template: where it is known; a chat template may render otherwise today.
+    """
+
+    def __init__(
+        self,
+        config: BuildConfig,
+        run: Path,
+        reporter: Reporter,
+        loaded: Loaded | None = None,
+        *,
+        reopened: Machine | None = None,
+        template: TemplateMeta | None = None,
+    ) -> None:
+        check_name(config.name)
+        check_language(config.language)
+        self.config, self.run, self.reporter, self.reopened = config, run, reporter, reopened
+        self._folder = RunFolder(run, reopened)
+        if config.scope == "prompt" and config.side != "input":
+            raise RunError("scope 'prompt' needs side 'input': the output side acts on what follows the prompt.")
+        fields = template_fields(config.template, config.system)
+        if config.columns[1] in fields:
+            raise RunError(f"the template must not hold the answer: remove {{{config.columns[1]}}}.")
+        languages = config.source_language, config.language
+        check_base_model(config.base_model)
+        check_languages(*languages)
+        reading = Reading(strict=config.strict)
+        read = read_pairs(
+            config.pairs,
+            Columns(*config.columns, config.group, tuple(fields)),
+            languages=languages,
+            limit=None if config.max_pairs is None else 2 * (config.max_pairs + config.dev + config.held_out),
+            reading=reading,
+        )
+        self._chats = reading.messages
+        if self._chats and config.template != "chat":
+            raise RunError("the pairs are chats (messages), in the chat template's prompts: add --template chat.")
+        if reopened is None:
+            self._report_pairs(read, reading)
+        self.pairs = split_pairs(read, held_out=config.held_out, dev=config.dev, seed=config.data_seed)
+        for event, count, what in (
+            ("duplicates", self.pairs.duplicates, "whose source occurs before"),
+            ("unused", self.pairs.unused, "of documents or sources that are held out, beyond those that are measured"),
+        ):
+            if count:
+                reporter.note(event, f"left out: {counted(count, 'pair')} {what}", pairs=count)
+        # Under a launcher each process has a device of its own.
+        state = launched(config.device)
+        device = config.device or str(state.device)
+        self.processes: int = state.num_processes
+        if loaded is None:
+            reporter.note("loading", f"Loading {config.base} ...", base=config.base)
+            loaded = Loaded.of(*load_base(config.base, revision=config.revision, device=device))
+        self.loaded = loaded
+        self.model, self.tokenizer, self.base, self.scale = (
+            loaded.model,
+            loaded.tokenizer,
+            loaded.identity,
+            loaded.scale,
+        )
+        if config.base_model is not None:
+            self.base = replace(self.base, model_id=config.base_model)
+        elif reopened is None and Path(config.base).is_dir() and not is_hub_id(self.base.model_id or ""):
+            named = named_in_files(Path(config.base))
+            tuned = f" (its config.json names {named}, which may be what it was tuned from)" if named else ""
+            message = (
+                f"the patch will call its base {self.base.model_id}, after its folder; to publish it, --base-model ID "
+                f"says its id on the Hub{tuned}"
+            )
+            reporter.note("base_model", message, model_id=self.base.model_id, named=named)
+        if config.side == "input+output" and not find_embedding(self.model).tied:
+            raise RunError("side 'input+output' is for bases whose head is tied to the embedding; use 'input' here.")
+        self.template = template or self._made_template()
+        self.train = self._training()
+        self.dev = self.encode(self.pairs.dev, "dev") if self.pairs.dev else Encoded([], [], self.template)
+        self.held_out = (
+            self.encode(self.pairs.held_out, "held-out") if self.pairs.held_out else Encoded([], [], self.template)
+        )
+        if reopened is None:
+            self._report_start()
+
+    def _training(self) -> Encoded:
+        """The training pairs as token ids, of those that are not too long the first `max_pairs`."""
+        limit, pairs = self.config.max_pairs, self.pairs.train
+        taken = limit or len(pairs)
+        while len(found := self._encoded(pairs[:taken])) < (limit or 0) and taken < len(pairs):
+            taken *= 2
+        found = found.first(limit)
+        if len(found):
+            pairs = pairs[: pairs.index(found.pairs[-1]) + 1] if limit else pairs
+        self._check_length(pairs, found, "training")
+        if limit:
+            self.pairs = replace(self.pairs, train=found.pairs)
+        return found
+
+    @property
+    def machine(self) -> Machine:
+        """What its stages are computed with."""
+        config, device = self.config, self.model.device.type
+        batch = config.batch_size, config.accumulate, self.processes
+        return Machine(device, dtype_name(self.model.dtype), autocasts(device), batch)
+
+    @property
+    def batch(self) -> int:
+        """Pairs in a step, over all processes."""
+        return self.config.batch_size * self.config.accumulate * self.processes
+
+    def read_in(self, steps: int) -> list[Example]:
+        """What so many steps of a tuning read, in that order, with repetitions."""
+        return [self.train.examples[i] for i in reading_order(len(self.train), steps * self.batch, self.config.seed)]
+
+    def pairs_read_in(self, steps: int) -> list[Pair]:
+        """The different pairs that so many steps of a tuning read."""
+        order = reading_order(len(self.train), steps * self.batch, self.config.seed)
+        return [self.train.pairs[i] for i in dict.fromkeys(order)]
+
+    @cached_property
+    def examples_digest(self) -> str:
+        """sha256 over what is trained on, as token ids."""
+        return hashlib.sha256(json.dumps(self.train.examples).encode()).hexdigest()
+
+    def base_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The base's rows of token_ids int64 [k], float32 [k, d] on the CPU."""
+        weight = find_embedding(self.model).weight.detach()
+        return weight[token_ids.to(weight.device)].float().cpu()
+
+    @property
+    def _patch_steps(self) -> int:
+        """Steps of the tuning that gives the patch its rows."""
+        return self.config.steps if self.config.mode == "partial" else self.config.embed_steps
+
+    def template_tokens(self, most: int | None = None) -> list[int]:
+        """The ids, ascending, that training reads in prompts around the sentence and what else is filled in.
+
+        most: look at so many pairs only. Raises RunError for a tokenizer that does not say which characters a token
+        covers.
+        """
+        found: set[int] = set()
+        for i in list(set(reading_order(len(self.train), self._patch_steps * self.batch, self.config.seed)))[:most]:
+            filled = source_tokens(self.tokenizer, self.template, self.train.pairs[i], fields=True)
+            if filled is None:
+                raise RunError(
+                    "the selection 'single' needs a fast tokenizer: others do not say which tokens are the template's."
+                )
+            prompt = self.train.examples[i].prompt
+            found.update(token for token, inside in zip(prompt, filled, strict=True) if not inside)
+        if not found:
+            raise RunError("the template has no token of its own around the sentence: 'single' has nothing to choose.")
+        return sorted(found)
+
+    def encode(self, pairs: list[Pair], what: str, template: TemplateMeta | None = None) -> Encoded:
+        """Pairs as token ids in a template, the build's own by default. Raises RunError when all are too long."""
+        encoded = self._encoded(pairs, template)
+        self._check_length(pairs, encoded, what)
+        return encoded
+
+    def _encoded(self, pairs: list[Pair], template: TemplateMeta | None = None) -> Encoded:
+        end = end_token_id(self.model, self.tokenizer)
+        encoded = encode(template or self.template, pairs, self.tokenizer, end, self.config.max_length)
+        check_ids((e.prompt + e.answer for e in encoded.examples), self.base.vocab_size)
+        return encoded
+
+    def _check_length(self, pairs: list[Pair], encoded: Encoded, what: str) -> None:
+        dropped = len(pairs) - len(encoded)
+        if not len(encoded):
+            raise RunError(f"every {what} pair is longer than {self.config.max_length} tokens; raise --max-length.")
+        if dropped:
+            self.reporter.note(
+                "too_long",
+                f"{dropped} of {len(pairs)} {what} pairs were left out: longer than {self.config.max_length} tokens",
+                pairs=dropped,
+            )
+
+    def _made_template(self) -> TemplateMeta:
+        """The prompt template, as this run folder had it first: a chat template may hold the day's date."""
+        config = self.config
+        made = make_template(
+            config.template,
+            source_language=config.source_language,
+            language=config.language,
+            tokenizer=self.tokenizer,
+            system=config.system,
+            instruction=not self._chats,
+        )
+        if not made.chat:
+            return made
+        key = [config.system, config.source_language, config.language, self.loaded.digest]
+        key += ["chats"] if self._chats else []
+        name = f"template-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
+        try:
+            return TemplateMeta(**self._folder.once(name, asdict(made)))
+        except TypeError as error:
+            raise RunError(f"cannot read {self.run / name} ({error}): delete it, and it is made again.") from error
+
+    def _report_pairs(self, read: Sequence[Pair], reading: Reading) -> None:
+        """Which language is which, the first pairs as they will be trained, and what was left out."""
+        config, shown = self.config, read[:5]
+        source, target = (f"{language_name(tag)} ({tag})" for tag in (config.source_language, config.language))
+        lines = [f"{source} -> {target}, {len(read):,} pairs. The first:"]
+        lines += [f"  {_short(pair.source)} -> {_short(pair.target)}" for pair in shown]
+        examples = [[pair.source, pair.target] for pair in shown]
+        self.reporter.note("pairs", "\n".join(lines), pairs=len(read), examples=examples)
+        known = recogniser(config.language, config.source_language)
+        sample = [pair.target for pair in read[:: max(1, len(read) // 200)]]
+        if known is not None and len(sample) >= 20 and (found := sum(map(known, sample)) / len(sample)) < 0.2:
+            message = (
+                f"py3langid takes {found:.0%} of the targets for {language_name(config.language)}: is --language right?"
+            )
+            self.reporter.doubt("language", message, recognised=found, language=config.language)
+        if reading.wrong:
+            count = (
+                "1 line is no pair and was" if reading.wrong == 1 else f"{reading.wrong:,} lines are no pairs and were"
+            )
+            lines = [f"{count} left out (--strict refuses them):", *reading.first]
+            self.reporter.note("wrong_lines", "\n  ".join(lines), lines=reading.wrong, first=reading.first)
+
+    def _report_start(self) -> None:
+        config, processes = self.config, self.processes
+        together = f", {processes} processes" if processes > 1 else ""
+        lines = [
+            f"{len(self.train)} pairs to train, {len(self.dev)} for choices, {len(self.held_out)} held out{together}",
+            f"learning rates {config.embed_lr * self.scale:.3g} (embedding) and {config.lr * self.scale:.3g} (rows), "
+            f"which are {config.embed_lr:g} and {config.lr:g} of the standard deviation of the table's values, "
+            f"{self.scale:.3g}",
+        ]
+        self.reporter.note(
+            "start",
+            "\n".join(lines),
+            pairs=len(self.train),
+            dev=len(self.dev),
+            held_out=len(self.held_out),
+            processes=processes,
+            scale=self.scale,
+            embed_lr=config.embed_lr * self.scale,
+            lr=config.lr * self.scale,
+            run=str(self.run),
+        )
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:59]}…"
