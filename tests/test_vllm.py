@@ -491,8 +491,9 @@ def test_a_folder_of_a_server_that_wants_signatures_gives_signed_patches_alone(m
     from ksl_patch.errors import PatchError
     from ksl_patch.store import sign
     from ksl_patch.store.local import Store
-    from ksl_patch.vllm.resolver import PatchResolver, from_folders, from_store
+    from ksl_patch.vllm.resolver import PatchResolver
     from ksl_patch.vllm.settings import Settings
+    from ksl_patch.vllm.sources import from_folders, from_store
 
     sign.generate(tmp_path / "own")
     settings = Settings(folders=(str(tmp_path),), key=str(tmp_path / "own.pub"))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import re
 import shlex
 import sys
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import CompletionItem
@@ -20,6 +17,7 @@ from rich.table import Table
 from ksl_patch.cli.options import NAMED_REFERENCE, PATH_OR_ID, REFERENCE
 from ksl_patch.errors import BaseMismatchError, RunError
 from ksl_patch.terminal import PlainConsole
+from ksl_patch.vllm.flags import plugins, read_flags
 from ksl_patch.vllm.plugin import SUPPORTED
 from ksl_patch.vllm.settings import KEY, check_flags, read_settings
 
@@ -126,7 +124,7 @@ def serve(
     if base is None:
         raise click.UsageError("name a BASE, or a --config that does.")
     looks_up = bool(folders or orgs)  # names that a request brings
-    changing, of_vllm = looks_up or allow_runtime_patches, _read_flags(flags)
+    changing, of_vllm = looks_up or allow_runtime_patches, read_flags(flags)
     api_servers, given = of_vllm.api_servers, of_vllm.additional
     check_flags(runtime=allow_runtime_patches, changing=changing, api_keys=of_vllm.api_keys, api_servers=api_servers)
     served = _read(patches, key)
@@ -157,7 +155,7 @@ def serve(
     modules += of_vllm.lora  # vLLM takes the last of several lists
     command += ["--lora-modules", *modules] if modules else []
     command += of_vllm.rest
-    environment = {"VLLM_PLUGINS": _plugins()} | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if looks_up else {})
+    environment = {"VLLM_PLUGINS": plugins()} | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if looks_up else {})
     if dry_run:
         if as_json:
             click.echo(json.dumps({"environment": environment, "command": command}))
@@ -260,72 +258,6 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
             raise RunError(f"two patches are called {entry[0]}: give one another name, as in --patch NAME=PATH.")
         served.append(entry)
     return served
-
-
-class _Flags(NamedTuple):
-    """vLLM's flags that matter here; additional and lora are taken out of the rest."""
-
-    api_keys: list[str]
-    api_servers: int | None
-    additional: dict[str, Any]
-    lora: list[str]
-    names: list[str]
-    rest: list[str]
-
-
-def _read_flags(flags: list[str]) -> _Flags:
-    """In the spellings that vLLM's own parser takes, which has the last word where it is at hand (`vllm.launch`)."""
-    plain = []
-    for flag in flags:
-        name, equals, value = flag.partition("=")
-        dashed = name.replace("_", "-") if name.startswith("--") else name
-        ours = any(dashed.startswith(each) for each in ("--api-", "--additional-", "--lora-modules", "--served-"))
-        plain.append(dashed + equals + value if ours else flag)
-    if any(re.match("--max[-_]loras($|=)", flag) for flag in flags):
-        raise RunError("--slots says how many different patches a batch may have: give that for --max-loras.")
-    if any(flag.startswith("--additional-config.") for flag in plain):
-        raise RunError("give --additional-config as one JSON object, which this adds its own settings to.")
-    read, take = _Parser(add_help=False), _Parser(add_help=False)
-    read.add_argument("--api-key", nargs="*")
-    read.add_argument("--served-model-name", nargs="*")
-    read.add_argument("--api-server-count", "-asc", type=int)
-    take.add_argument("--additional-config", type=_json_object, default={})
-    take.add_argument("--lora-modules", nargs="*", action="extend", default=[])
-    found, _ = read.parse_known_args(plain)
-    taken, rest = take.parse_known_args(plain)
-    return _Flags(
-        api_keys=found.api_key or [],
-        api_servers=found.api_server_count,
-        additional=dict(taken.additional_config),
-        lora=taken.lora_modules,
-        names=found.served_model_name or [],
-        rest=rest,
-    )
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RunError(f"{message}.")
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    read: Any = None
-    with suppress(ValueError, RecursionError):
-        read = json.loads(text)
-    if not isinstance(read, dict):
-        raise argparse.ArgumentTypeError("needs a JSON object")
-    return read
-
-
-def _plugins() -> str:
-    """VLLM_PLUGINS with ours: vLLM wants endpoint plugins named, and then loads only what is named."""
-    if "VLLM_PLUGINS" in os.environ:
-        named = [name for name in os.environ["VLLM_PLUGINS"].split(",") if name]
-        return ",".join([*named, *({KEY} - set(named))])
-    groups = ("general", "platform", "io_processor", "stat_logger")
-    installed = {point.name for group in groups for point in metadata.entry_points(group=f"vllm.{group}_plugins")}
-    others = {point.name for point in metadata.entry_points(group="vllm.endpoint_plugins")}
-    return ",".join(sorted((installed - others) | {KEY}))
 
 
 def _show(base: str, served: list[tuple[str, str, Patch | None, int]]) -> None:

@@ -12,7 +12,7 @@ from vllm.config import get_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from ksl_patch.bank import SlotBank, SlotRows
@@ -140,6 +140,18 @@ class PatchedEmbedding(VocabParallelEmbeddingWithLoRA):  # type: ignore[misc]
         """The base's rows [k, d] of token_ids int64 [k] that are on this rank."""
         local = (token_ids - self.base_layer.shard_indices.org_vocab_start_index).to(self.bank.tensors.rows.device)
         return self.base_layer.quant_method.embedding(self.base_layer, local)
+
+
+def input_embeddings(model: Any) -> list[str]:
+    """The names of the model's input embeddings of its whole vocabulary, on this rank."""
+    config = model.config.get_text_config()
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+    }
+    # Some models have smaller tables beside it, of positions, of token types, or for each layer.
+    return [name for name, table in found.items() if table.embedding_dim == config.hidden_size] or list(found)
 
 
 def follow_head(model: nn.Module, layer: PatchedEmbedding, *, last: bool) -> None:

@@ -17,7 +17,6 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from ksl_patch.bank import SlotRows
 from ksl_patch.base import check_base
@@ -26,7 +25,7 @@ from ksl_patch.interop import peft
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch
 from ksl_patch.store.local import Store
-from ksl_patch.vllm.layer import PatchedEmbedding, follow_head, pack, update_indices
+from ksl_patch.vllm.layer import PatchedEmbedding, follow_head, input_embeddings, pack, update_indices
 from ksl_patch.vllm.settings import embedding_alone
 
 
@@ -262,18 +261,6 @@ class PatchManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         if patch is not None:
             mine = layer.on_this_rank(patch.token_ids)
             check_base(patch.meta.base, patch.token_ids[mine], patch.base_rows[mine], _Table(layer))
-
-
-def input_embeddings(model: Any) -> list[str]:
-    """The names of the model's input embeddings of its whole vocabulary, on this rank."""
-    config = model.config.get_text_config()
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
-    }
-    # Some models have smaller tables beside it, of positions, of token types, or for each layer.
-    return [name for name, table in found.items() if table.embedding_dim == config.hidden_size] or list(found)
 
 
 def two_contents(request: LoRARequest, other: str) -> str:

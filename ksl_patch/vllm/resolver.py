@@ -12,51 +12,14 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
 from ksl_patch.errors import PatchError
-from ksl_patch.patch import Patch
 from ksl_patch.patch.names import check_name
-from ksl_patch.store.hub import HubReference, fetch
 from ksl_patch.store.local import Store, is_digest
-from ksl_patch.store.sign import PublicKey, load_signed
 from ksl_patch.vllm.settings import Settings
+from ksl_patch.vllm.sources import from_folders, from_hub, from_store
 
 logger = logging.getLogger("vllm.ksl_patch")
 _REFUSED = 1024  # names that are remembered as nobody's
 _SECONDS = 5.0  # and for how long
-
-
-def inside(path: Path, folders: tuple[str, ...]) -> Path:
-    """A patch file's real path. Raises PatchError for one that is, or leads, outside the folders."""
-    roots = [Path(folder).resolve() for folder in folders]
-    for candidate in [path] if path.is_absolute() else [root / path for root in roots]:
-        real = candidate.resolve()
-        if any(real.is_relative_to(root) for root in roots) and real.suffix == ".safetensors" and real.is_file():
-            return real
-    raise PatchError(f"{str(path)[:200]!r} is not a .safetensors file in the folders that patches may come from.")
-
-
-def from_folders(path: Path, settings: Settings) -> Patch:
-    """A patch of the configured folders, signed where a key is configured. Raises PatchError."""
-    return _load(inside(path, settings.folders), settings)
-
-
-def from_store(digest: str, settings: Settings) -> Patch:
-    """A patch of the local store, signed where a key is configured. Raises PatchError."""
-    patch = Store().get(digest)
-    if settings.key is not None and _load(Store().path(digest), settings).digest != digest:
-        raise PatchError(f"the store's {digest} has changed while it was read: try again.")
-    return patch
-
-
-def from_hub(reference: str, settings: Settings) -> Patch:
-    """A patch of an allowed organisation, signed where a key is configured. Raises PatchError."""
-    organisation = HubReference.parse(reference).organisation
-    if organisation not in settings.orgs:
-        raise PatchError(f"this server takes no patches of {organisation} on the Hub.")
-    return _load(fetch(reference).path, settings)
-
-
-def _load(path: Path, settings: Settings) -> Patch:
-    return Patch.load(path) if settings.key is None else load_signed(path, PublicKey.load(Path(settings.key)))
 
 
 class PatchResolver(LoRAResolver):  # type: ignore[misc]
