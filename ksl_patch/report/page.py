@@ -29,13 +29,13 @@ from ksl_patch.patch.wording import (
     where_from,
     which_occur,
 )
-from ksl_patch.report.figures import Dot, Picture, dot_plot, histogram, quoted, volcano
+from ksl_patch.report.comparison import compare, dots, level_of
+from ksl_patch.report.figures import Picture, histogram, quoted, volcano
 from ksl_patch.train.record import read_record, read_tests
 
 _HISTOGRAMS = 6
 _ROWS = 24
 _KINDS = {"patch": "patch", "embedding": "reference"}  # of a dot; all others are controls
-_PLOTTED = ("loss", "chrf_first_line", "chrf", "bleu_first_line", "stop_rate", "in_language", "characters")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def make_report(patches: Sequence[Patch], rows: Sequence[AllRows | None]) -> str
     return environment.get_template("page.html").render(
         title=title,
         sections=sections,
-        comparison=_comparison(patches) if len(patches) > 1 else None,
+        comparison=compare(patches) if len(patches) > 1 else None,
         version=__version__,
         svg=lambda picture: Markup(picture.svg),
     )
@@ -103,7 +103,7 @@ def _section(name: str, patch: Patch, tested: AllRows | None) -> dict[str, Any]:
         "histograms": _histograms(name, patch, rows),
         "volcano": _volcano(name, patch, tested),
         "evaluation": evaluation,
-        "level": _level([evaluation.confidence] if evaluation and evaluation.confidence else []),
+        "level": level_of([evaluation.confidence] if evaluation and evaluation.confidence else []),
         "figures": [
             (label, [_cell(system.figures.get(metric), metric) for system in systems])
             for metric, label in (evaluation.metrics if evaluation else {}).items()
@@ -114,7 +114,7 @@ def _section(name: str, patch: Patch, tested: AllRows | None) -> dict[str, Any]:
         "p_ranks": P_RANKS,
         "metrics": list(evaluation.metrics.values()) if evaluation else [],
         "systems": [(system.label, system.size) for system in systems],
-        "dots": _dots(
+        "dots": dots(
             name,
             [(each.label, each.figures, _KINDS.get(each.name, "control")) for each in systems if each.name != "base"],
         ),
@@ -200,74 +200,6 @@ def _volcano(name: str, patch: Patch, tested: AllRows | None) -> Picture | None:
         f"{name}-volcano", tested.counts, tested.statistic, ids, meta.tokens or [str(i) for i in ids],
         None if critical is None else (alpha, critical),
     )  # fmt: skip
-
-
-def _dots(name: str, lines: Sequence[tuple[str, dict[str, Figure], str]]) -> list[Picture]:
-    """A dot plot of each metric. lines: label, figures and kind of what is compared with the base."""
-    pictures = []
-    for metric in _PLOTTED:
-        dots = [Dot(label, figures[metric], kind) for label, figures, kind in lines if metric in figures]
-        if dots:
-            pictures.append(dot_plot(f"{name}-{metric}", metric, dots))
-    return pictures
-
-
-def _comparison(patches: Sequence[Patch]) -> dict[str, Any]:
-    """Several patches beside each other: their figures, and the tokens that they share."""
-    names = [patch.meta.name for patch in patches]
-    evaluations = [read(Evaluation, patch.meta.evaluation) for patch in patches]
-    scores = [
-        next((system.figures for system in evaluation.systems if system.name == "patch"), {}) if evaluation else {}
-        for evaluation in evaluations
-    ]
-    ids = [set(patch.token_ids.tolist()) for patch in patches]
-    return {
-        "names": names,
-        "facts": [
-            ("language", [patch.meta.language or "" for patch in patches]),
-            ("base", [f"{patch.meta.base.model_id or ''} {patch.meta.base.fingerprint[:12]}" for patch in patches]),
-            ("rows", [str(len(patch.token_ids)) for patch in patches]),
-            ("digest", [patch.digest[:12] for patch in patches]),
-            ("rows chosen by", [patch.meta.ticket.rule if patch.meta.ticket else "" for patch in patches]),
-            ("training", [_training(patch) for patch in patches]),
-            ("prompt", [patch.meta.template.text if patch.meta.template else "" for patch in patches]),
-            ("measured on", [evaluation.what if evaluation else "" for evaluation in evaluations]),
-            ("new tokens, at most", [str((e and e.max_new_tokens) or "not generated") for e in evaluations]),
-            (
-                "loss, base → patch",
-                [f"{e.loss_base:.3f} → {e.loss_patch:.3f}" if e else "" for e in evaluations],
-            ),
-        ],
-        "unmeasured": [name for name, found in zip(names, scores, strict=True) if not found],
-        "level": _level([e.confidence for e in evaluations if e and e.systems and e.confidence]),
-        "dots": _dots("all", [(name, found, "patch") for name, found in zip(names, scores, strict=True)]),
-        "shared": [[str(len(a & b)) for b in ids] for a in ids],
-        "same_data": len(
-            {
-                (e.data_digest, e.max_new_tokens, str(patch.meta.template))
-                for e, patch in zip(evaluations, patches, strict=True)
-                if e
-            }
-        )
-        <= 1,
-    }
-
-
-def _level(found: list[float]) -> str:
-    """The level of intervals in words: "95%", "90% and 95%"."""
-    return " and ".join(f"{100 * level:.10g}%" for level in sorted(set(found)))
-
-
-def _training(patch: Patch) -> str:
-    """What of a patch's training may be other than in another's."""
-    t = patch.meta.training
-    if t is None:
-        return ""
-    damped = "" if not t.hyperparameters else f", rare rows damped: {t.hyperparameters.get('damp_rare', 'not tuned')}"
-    return (
-        f"{t.mode}, scope {patch.meta.scope}, {t.embed_steps} + {t.steps} steps x {t.batch_size} at {t.embed_lr:.3g} "
-        f"and {t.lr:.3g}, seed {t.seed}{damped}"
-    )
 
 
 def _provenance(patch: Patch, evaluation: Evaluation | None) -> list[tuple[str, str]]:

@@ -1,0 +1,80 @@
+"""Several patches beside each other, as the page shows them: their settings, their figures, the tokens they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ksl_patch.patch import Patch
+from ksl_patch.patch.evidence import Evaluation, Figure, read
+from ksl_patch.report.figures import Dot, Picture, dot_plot
+
+_PLOTTED = ("loss", "chrf_first_line", "chrf", "bleu_first_line", "stop_rate", "in_language", "characters")
+
+
+def compare(patches: Sequence[Patch]) -> dict[str, Any]:
+    """Several patches beside each other: their figures, and the tokens that they share."""
+    names = [patch.meta.name for patch in patches]
+    evaluations = [read(Evaluation, patch.meta.evaluation) for patch in patches]
+    scores = [
+        next((system.figures for system in evaluation.systems if system.name == "patch"), {}) if evaluation else {}
+        for evaluation in evaluations
+    ]
+    ids = [set(patch.token_ids.tolist()) for patch in patches]
+    return {
+        "names": names,
+        "facts": [
+            ("language", [patch.meta.language or "" for patch in patches]),
+            ("base", [f"{patch.meta.base.model_id or ''} {patch.meta.base.fingerprint[:12]}" for patch in patches]),
+            ("rows", [str(len(patch.token_ids)) for patch in patches]),
+            ("digest", [patch.digest[:12] for patch in patches]),
+            ("rows chosen by", [patch.meta.ticket.rule if patch.meta.ticket else "" for patch in patches]),
+            ("training", [_training(patch) for patch in patches]),
+            ("prompt", [patch.meta.template.text if patch.meta.template else "" for patch in patches]),
+            ("measured on", [evaluation.what if evaluation else "" for evaluation in evaluations]),
+            ("new tokens, at most", [str((e and e.max_new_tokens) or "not generated") for e in evaluations]),
+            (
+                "loss, base → patch",
+                [f"{e.loss_base:.3f} → {e.loss_patch:.3f}" if e else "" for e in evaluations],
+            ),
+        ],
+        "unmeasured": [name for name, found in zip(names, scores, strict=True) if not found],
+        "level": level_of([e.confidence for e in evaluations if e and e.systems and e.confidence]),
+        "dots": dots("all", [(name, found, "patch") for name, found in zip(names, scores, strict=True)]),
+        "shared": [[str(len(a & b)) for b in ids] for a in ids],
+        "same_data": len(
+            {
+                (e.data_digest, e.max_new_tokens, str(patch.meta.template))
+                for e, patch in zip(evaluations, patches, strict=True)
+                if e
+            }
+        )
+        <= 1,
+    }
+
+
+def dots(name: str, lines: Sequence[tuple[str, dict[str, Figure], str]]) -> list[Picture]:
+    """A dot plot of each metric. lines: label, figures and kind of what is compared with the base."""
+    pictures = []
+    for metric in _PLOTTED:
+        found = [Dot(label, figures[metric], kind) for label, figures, kind in lines if metric in figures]
+        if found:
+            pictures.append(dot_plot(f"{name}-{metric}", metric, found))
+    return pictures
+
+
+def level_of(found: list[float]) -> str:
+    """The level of intervals in words: "95%", "90% and 95%"."""
+    return " and ".join(f"{100 * level:.10g}%" for level in sorted(set(found)))
+
+
+def _training(patch: Patch) -> str:
+    """What of a patch's training may be other than in another's."""
+    t = patch.meta.training
+    if t is None:
+        return ""
+    damped = "" if not t.hyperparameters else f", rare rows damped: {t.hyperparameters.get('damp_rare', 'not tuned')}"
+    return (
+        f"{t.mode}, scope {patch.meta.scope}, {t.embed_steps} + {t.steps} steps x {t.batch_size} at {t.embed_lr:.3g} "
+        f"and {t.lr:.3g}, seed {t.seed}{damped}"
+    )
