@@ -1,4 +1,5 @@
 # make test   install, lint, type-check, run every test    make fast   only the tests without the real model
+# make site   docs/ and the reference of every public name, in build/site
 # make browser   the tests of reports in Chromium (apt-get install chromium)
 # make stress   threads, tasks, streams and continuous batching on one model for a minute, every answer checked
 # make gpu   what only a GPU can show: answers under CUDA graphs, speed, and of vLLM where it is installed
@@ -22,17 +23,21 @@ NEXT := KSL_PATCH_DEMO=$(abspath $(DEMO)) VLLM_TARGET_DEVICE=cpu .venv-vllm-next
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: test lint fast browser real vllm vllm-next matrix stress gpu demo model study bench clean
+.PHONY: test lint site fast browser real vllm vllm-next matrix stress gpu demo model study bench clean
 
-test: lint fast browser real vllm
+test: lint site fast browser real vllm
 
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+site: .venv/dev
+	$(BIN)/mkdocs build --strict --quiet
 
 fast: .venv/dev
-	$(BIN)/python -m pytest -m "not real and not vllm and not browser"
+	$(BIN)/python -m pytest -m "not real and not vllm and not browser" $(ARGS)
 
 browser: .venv/dev
 	$(BIN)/python -m pytest -m browser

@@ -56,10 +56,16 @@ def command_lines(page):
     return lines + re.findall(r"`(ksl-patch [a-z][^`]*)`", prose(page))
 
 
+def load(file):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
 def test_the_readme_shows_what_the_demo_showed():
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "examples" / "demo" / "readme.py")
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
+    made = load(ROOT / "examples" / "demo" / "readme.py")
     text, shown = README.read_text(encoding="utf-8"), json.loads(made.SHOWN.read_bytes())
     assert made.written(text, shown) == text, "run `python examples/demo/readme.py`"
     assert shown["languages"][1]["samples"][0]["patch"] in text
@@ -135,3 +141,15 @@ def test_the_examples_of_api_md_run(tmp_path, monkeypatch, model, tokenizer):
         if "vllm" not in code:
             exec(code.replace("google/gemma-3-270m", "base"), names)
     assert names["ticket"].token_ids.size == 3
+
+
+def test_the_layout_is_what_the_files_say_of_themselves():
+    layout = load(ROOT / "docs" / "layout.py")
+    for page, make in layout.PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        assert layout.written(text, make()) == text, f"{page.name}: run `python docs/layout.py`"
+
+
+def test_no_file_is_longer_than_a_reader_takes_in_at_once():
+    lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in (ROOT / "ksl_patch").rglob("*.py")}
+    assert not {str(file): n for file, n in lines.items() if n > 300}

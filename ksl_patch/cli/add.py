@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ksl_patch.cli.options import check_free
+from ksl_patch.cli.options import check_free, force_option, json_option
 
 
 @click.command()
@@ -17,8 +17,8 @@ from ksl_patch.cli.options import check_free
     metavar="NAME",
     help="The name it is to have; by default the one inside the file, which it was built with. For one file.",
 )
-@click.option("--force", is_flag=True, help="Move a name that is of a patch of another base or language.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each.")
+@force_option("Move a name that is of a patch of another base or language.")
+@json_option("Print a JSON line for each.")
 def add(files: tuple[Path, ...], name: str | None, force: bool, as_json: bool) -> None:
     """Put patch files, with their signatures, into the local store, where commands find them by name or digest."""
     if name is not None and len(files) > 1:

@@ -10,7 +10,17 @@ from typing import Any
 
 import click
 
-from ksl_patch.cli.options import PATH_OR_ID, columns_option, one_or_several, starting
+from ksl_patch.cli.options import (
+    PATH_OR_ID,
+    base_option,
+    columns_option,
+    device_option,
+    json_option,
+    new_patch_options,
+    one_or_several,
+    revision_option,
+    starting,
+)
 from ksl_patch.terminal import counted
 
 
@@ -36,9 +46,9 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--base", required=True, metavar="M", type=PATH_OR_ID, help="Base model: a local folder or a Hub id.")
+@base_option("Base model: a local folder or a Hub id.", required=True)
 @click.option("--base-model", metavar="ID", help="The base's id on the Hub, for the patch, where --base is a folder.")
-@click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
+@revision_option()
 @click.option(
     "--pairs",
     required=True,
@@ -59,16 +69,7 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
 )
 @click.option("--language", required=True, metavar="L", help="Target language, a BCP 47 tag such as sw or pt-BR.")
 @click.option("--source-language", default="en", metavar="L", help="Language of the source sentences.")
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    metavar="P",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Patch to write.",
-)
-@click.option("--force", is_flag=True, help="Replace an existing patch.")
-@click.option("--name", metavar="NAME", help="Name of the patch; by default the output file's.")
+@new_patch_options("P")
 @click.option(
     "--template",
     default="plain",
@@ -161,9 +162,9 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
     "--checkpoint-every", type=click.IntRange(1), default=25, metavar="STEPS", help="Steps between checkpoints."
 )
 @click.option("--licence", metavar="SPDX", help="Licence of the patch, such as CC-BY-4.0.")
-@click.option("--device", metavar="DEV", help="Where to train.  [default: cuda when there is one, else cpu]")
+@device_option("Where to train.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask about what looks wrong: warn, and go on.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of progress bars.")
+@json_option("Print JSON lines instead of progress bars.")
 @click.argument("more", nargs=-1, metavar="")
 def build(
     more: tuple[str, ...], output: Path, force: bool, run: Path | None, yes: bool, as_json: bool, **options: Any

@@ -7,14 +7,14 @@ import json
 
 import click
 
-from ksl_patch.cli.options import REFERENCE
+from ksl_patch.cli.options import REFERENCE, json_option
 
 
 @click.command()
 @click.argument("first", metavar="A", type=REFERENCE)
 @click.argument("second", metavar="B", type=REFERENCE)
 @click.option("--rows", type=click.IntRange(0), default=40, show_default=True, help="Changed rows to show.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, all rows included.")
+@json_option("Print one JSON object, all rows included.")
 def diff(first: str, second: str, rows: int, as_json: bool) -> None:
     """Compare two patches of one base: the tokens that only A or only B changes, and those that both change otherwise.
 

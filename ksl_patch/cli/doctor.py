@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 import ksl_patch
-from ksl_patch.cli.options import PATH_OR_ID
+from ksl_patch.cli.options import PATH_OR_ID, json_option
 from ksl_patch.terminal import PlainConsole, counted
 
 _MARKS = {
@@ -42,7 +42,7 @@ class Finding:
 
 @click.command()
 @click.argument("base", required=False, type=PATH_OR_ID)
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each finding.")
+@json_option("Print a JSON line for each finding.")
 def doctor(base: str | None, as_json: bool) -> None:
     """Check versions, devices, vLLM, the local store and the Hub, and whether vLLM can serve patches of BASE.
 

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ksl_patch.cli.options import PATH_OR_ID, columns_option, one_or_several, starting
+from ksl_patch.cli.options import (
+    PATH_OR_ID,
+    base_option,
+    columns_option,
+    device_option,
+    force_option,
+    json_option,
+    one_or_several,
+    output_option,
+    starting,
+)
 
 if TYPE_CHECKING:
     from ksl_patch.patch.evidence import Certificate, Evaluation
@@ -29,12 +39,7 @@ _OPTIONS = (
         metavar="DIR",
         help="Folder that the patch's build kept.  [default: P.run]",
     ),
-    click.option(
-        "--base",
-        metavar="M",
-        type=PATH_OR_ID,
-        help="Base model, where it is not at the place that the build had it from.",
-    ),
+    base_option("Base model, where it is not at the place that the build had it from."),
     click.option(
         "--pairs",
         multiple=True,
@@ -66,17 +71,11 @@ _OPTIONS = (
         metavar="N",
         help="Cut greedy outputs after this many.  [default: half as many again as the longest reference has]",
     ),
-    click.option(
-        "-o",
-        "--output",
-        type=click.Path(path_type=Path, dir_okay=False),
-        metavar="P2",
-        help="Write the patch with the result to this file.  [default: into P itself]",
-    ),
+    output_option("P2", "Write the patch with the result to this file.  [default: into P itself]"),
     click.option("--no-save", is_flag=True, help="Print the result only."),
-    click.option("--force", is_flag=True, help="Replace figures of more pairs or systems, or an existing P2."),
-    click.option("--device", metavar="DEV", help="Where to run.  [default: cuda when there is one, else cpu]"),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+    force_option("Replace figures of more pairs or systems, or an existing P2."),
+    device_option(),
+    json_option(),
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ksl_patch.cli.options import PATH_OR_ID, REFERENCE
+from ksl_patch.cli.options import REFERENCE, base_option, json_option, revision_option
 
 
 @click.command()
@@ -19,12 +19,12 @@ from ksl_patch.cli.options import PATH_OR_ID, REFERENCE
     required=True,
     help="PEFT's TrainableTokens, or a LoRA of the embedding, which vLLM serves without this package.",
 )
-@click.option("--base", required=True, metavar="M", type=PATH_OR_ID, help="The patch's base, for its modules' names.")
-@click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
+@base_option("The patch's base, for its modules' names.", required=True)
+@revision_option()
 @click.option(
     "-o", "--output", required=True, metavar="FOLDER", type=click.Path(path_type=Path), help="Folder to write."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def export(reference: str, form: str, base: str, revision: str | None, output: Path, as_json: bool) -> None:
     """Write the patch P, a file or a name or digest of the local store, as an adapter that PEFT loads."""
     from ksl_patch.errors import PatchError

@@ -6,10 +6,12 @@ import json
 
 import click
 
+from ksl_patch.cli.options import json_option
+
 
 @click.command()
 @click.option("--dry-run", is_flag=True, help="Show what would go.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option("Print JSON.")
 def gc(dry_run: bool, as_json: bool) -> None:
     """Delete the patches of the local store that have no name. Refused while a server reads from it."""
     from ksl_patch.store.local import Store

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from ksl_patch.cli.options import PATH_OR_ID, REFERENCE, starting
+from ksl_patch.cli.options import REFERENCE, base_option, device_option, json_option, revision_option, starting
 from ksl_patch.terminal import PlainConsole, visible
 
 if TYPE_CHECKING:
@@ -23,10 +23,8 @@ _BASE = "base"
 
 
 @click.command(context_settings={"show_default": True})
-@click.option(
-    "--base", metavar="M", type=PATH_OR_ID, help="Base model: a local folder or a Hub id.  [default: the patch's own]"
-)
-@click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
+@base_option("Base model: a local folder or a Hub id.  [default: the patch's own]")
+@revision_option()
 @click.option(
     "--patch",
     "patches",
@@ -51,8 +49,8 @@ _BASE = "base"
 )
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, help="Stop after this many tokens.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, help="Prompts in a batch.")
-@click.option("--device", metavar="DEV", help="Where to run.  [default: cuda when there is one, else cpu]")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each prompt.")
+@device_option()
+@json_option("Print a JSON line for each prompt.")
 def generate(
     base: str | None, revision: str | None, patches: tuple[str, ...], prompts: tuple[str, ...], file: TextIO | None,
     apply_template: bool, max_new_tokens: int, batch_size: int, device: str | None, as_json: bool,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ksl_patch.cli.options import PATH_OR_ID, starting
+from ksl_patch.cli.options import base_option, json_option, new_patch_options, revision_option, starting
 from ksl_patch.terminal import counted
 
 if TYPE_CHECKING:
@@ -18,20 +18,9 @@ if TYPE_CHECKING:
 
 @click.command("import")
 @click.argument("adapter", metavar="FOLDER", type=click.Path(path_type=Path))
-@click.option(
-    "--base", required=True, metavar="M", type=PATH_OR_ID, help="The adapter's base: a local folder or a Hub id."
-)
-@click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    metavar="P",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Patch to write.",
-)
-@click.option("--force", is_flag=True, help="Replace an existing patch.")
-@click.option("--name", metavar="NAME", help="Name of the patch; by default the output file's.")
+@base_option("The adapter's base: a local folder or a Hub id.", required=True)
+@revision_option()
+@new_patch_options("P")
 @click.option("--language", metavar="L", help="Its language, a BCP 47 tag such as sw or pt-BR.")
 @click.option(
     "--template",
@@ -45,7 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option("--base-model", metavar="ID", help="The base's id on the Hub, for the patch, where --base is a folder.")
 @click.option("--licence", metavar="L", help="Its licence, an SPDX identifier.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def import_(
     adapter: Path, base: str, revision: str | None, output: Path, force: bool, name: str | None, language: str | None,
     template: str | None, system: str | None, source_language: str, base_model: str | None, licence: str | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ksl_patch.cli.options import PATH_OR_ID, REFERENCE
+from ksl_patch.cli.options import REFERENCE, base_option, json_option
 
 if TYPE_CHECKING:
     from ksl_patch.patch import Patch
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("reference", metavar="P", type=REFERENCE)
 @click.option("--rows", type=click.IntRange(0), default=40, show_default=True, help="Rows to show, largest D first.")
-@click.option("--base", metavar="M", type=PATH_OR_ID, help="Also name rows whose norm none of the base's own has.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+@base_option("Also name rows whose norm none of the base's own has.")
+@json_option("Print everything as one JSON object.")
 def inspect(reference: str, rows: int, base: str | None, as_json: bool) -> None:
     """Show a patch: its rows as tokens with D, p and norms, its base, its training, its size.
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from ksl_patch.cli.options import json_option
+
 
 @click.command()
 @click.option(
@@ -17,7 +19,7 @@ import click
     type=click.Path(path_type=Path),
     help="Secret key to write.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def keygen(output: Path, as_json: bool) -> None:
     """Make a key pair in minisign's format: OUTPUT, which only you can read, and OUTPUT.pub."""
     from ksl_patch.store.sign import generate

@@ -7,11 +7,12 @@ import json
 import click
 from rich.table import Table
 
+from ksl_patch.cli.options import json_option
 from ksl_patch.terminal import PlainConsole
 
 
 @click.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each patch.")
+@json_option("Print a JSON line for each patch.")
 def list_(as_json: bool) -> None:
     """List the patches of the local store with their names."""
     from ksl_patch.errors import PatchError

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 
+from ksl_patch.cli.options import json_option
+
 
 @click.command()
 @click.argument("config", metavar="PATCHES.TOML", type=click.Path(path_type=Path))
 @click.option("--check", is_flag=True, help="Write nothing; exit with 1 unless the lock is right.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def lock(config: Path, check: bool, as_json: bool) -> None:
     """Write the lock of PATCHES.TOML beside it: the digest of every patch, for `ksl-patch serve --config --locked`."""
     from ksl_patch.store import lock as locks

@@ -8,28 +8,19 @@ from typing import Literal
 
 import click
 
-from ksl_patch.cli.options import REFERENCE
+from ksl_patch.cli.options import REFERENCE, json_option, new_patch_options
 
 
 @click.command()
 @click.argument("first", metavar="A", type=REFERENCE)
 @click.argument("second", metavar="B", type=REFERENCE)
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    metavar="C",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Patch to write.",
-)
-@click.option("--force", is_flag=True, help="Replace an existing patch.")
-@click.option("--name", metavar="NAME", help="Name of the patch; by default the output file's.")
+@new_patch_options("C")
 @click.option(
     "--on-conflict",
     type=click.Choice(["first", "second"]),
     help="Whose row to take where both change one token otherwise; without it that is an error.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def merge(
     first: str, second: str, output: Path, force: bool, name: str | None,
     on_conflict: Literal["first", "second"] | None, as_json: bool,

@@ -73,6 +73,51 @@ REFERENCE = _Reference()
 NAMED_REFERENCE = _NamedReference()
 
 
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def json_option(help: str = "Print one JSON object.") -> Decorator:
+    """`--json`, as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=help)
+
+
+def base_option(help: str, *, required: bool = False) -> Decorator:
+    """`--base M`: a model's folder or id."""
+    return click.option("--base", required=required, metavar="M", type=PATH_OR_ID, help=help)
+
+
+def revision_option() -> Decorator:
+    """`--revision` of the base."""
+    return click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
+
+
+def device_option(what: str = "Where to run.") -> Decorator:
+    """`--device`."""
+    return click.option("--device", metavar="DEV", help=f"{what}  [default: cuda when there is one, else cpu]")
+
+
+def force_option(help: str) -> Decorator:
+    """`--force`."""
+    return click.option("--force", is_flag=True, help=help)
+
+
+def output_option(metavar: str, help: str, *, required: bool = False) -> Decorator:
+    """`-o FILE`."""
+    kind = click.Path(path_type=Path, dir_okay=False)
+    return click.option("-o", "--output", required=required, metavar=metavar, type=kind, help=help)
+
+
+def new_patch_options(metavar: str) -> Decorator:
+    """`-o`, `--force` and `--name` of a command that makes a patch."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        name = click.option("--name", metavar="NAME", help="Name of the patch; by default the output file's.")
+        named = force_option("Replace an existing patch.")(name(command))
+        return output_option(metavar, "Patch to write.", required=True)(named)
+
+    return decorate
+
+
 def starting(as_json: bool) -> None:
     """Say that a command has begun, before libraries are imported, which takes seconds."""
     if not as_json and not int(os.environ.get("RANK", 0)):
@@ -105,7 +150,7 @@ def one_or_several(
     return values if len(values) > 1 else values[0] if values else None
 
 
-def columns_option(help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def columns_option(help: str) -> Decorator:
     """`--columns S,T`, the names of the two columns of sentence pairs, as a tuple."""
 
     def two(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:

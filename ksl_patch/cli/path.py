@@ -6,12 +6,12 @@ import json
 
 import click
 
-from ksl_patch.cli.options import STORED_NAME
+from ksl_patch.cli.options import STORED_NAME, json_option
 
 
 @click.command()
 @click.argument("reference", metavar="NAME|DIGEST", type=STORED_NAME)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def path(reference: str, as_json: bool) -> None:
     """Print the file of a name or digest of the local store, after checking what it holds."""
     from ksl_patch.store.local import Store

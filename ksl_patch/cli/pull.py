@@ -7,15 +7,15 @@ from pathlib import Path
 
 import click
 
-from ksl_patch.cli.options import check_free
+from ksl_patch.cli.options import check_free, force_option, json_option
 
 
 @click.command()
 @click.argument("reference", metavar="ORG/REPO[@REV][/FILE]")
 @click.option("--name", metavar="NAME", help="The name it is to have; by default the one inside the file.")
 @click.option("--key", type=click.Path(path_type=Path), help="Refuse it unless it is signed with this public key.")
-@click.option("--force", is_flag=True, help="Move a name that is of a patch of another base or language.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@force_option("Move a name that is of a patch of another base or language.")
+@json_option()
 def pull(reference: str, name: str | None, key: Path | None, force: bool, as_json: bool) -> None:
     """Fetch a patch, and its signature where it has one, from the Hugging Face Hub into the local store.
 

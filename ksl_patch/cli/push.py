@@ -6,7 +6,7 @@ import json
 
 import click
 
-from ksl_patch.cli.options import REFERENCE
+from ksl_patch.cli.options import REFERENCE, json_option
 
 
 @click.command()
@@ -18,7 +18,7 @@ from ksl_patch.cli.options import REFERENCE
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--message", metavar="TEXT", help="Commit message.")
 @click.option("--base-model", metavar="ID", help="The base's id on the Hub, where the patch was built from a folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def push(
     reference: str, repo: str, name: str | None, private: bool, revision: str | None, create_pr: bool,
     message: str | None, base_model: str | None, as_json: bool,

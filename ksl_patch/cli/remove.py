@@ -6,12 +6,12 @@ import json
 
 import click
 
-from ksl_patch.cli.options import STORED_NAME
+from ksl_patch.cli.options import STORED_NAME, json_option
 
 
 @click.command()
 @click.argument("names", metavar="NAME...", type=STORED_NAME, nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each.")
+@json_option("Print a JSON line for each.")
 def remove(names: tuple[str, ...], as_json: bool) -> None:
     """Forget names of the local store; `ksl-patch gc` deletes what has no name left."""
     from ksl_patch.store.local import Store

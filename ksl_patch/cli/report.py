@@ -7,19 +7,13 @@ from pathlib import Path
 
 import click
 
-from ksl_patch.cli.options import REFERENCE
+from ksl_patch.cli.options import REFERENCE, force_option, json_option, output_option
 
 
 @click.command()
 @click.argument("references", metavar="P...", nargs=-1, type=REFERENCE, required=True)
-@click.option(
-    "-o",
-    "--output",
-    metavar="H",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Page to write.  [default: the first patch's name with .html, here]",
-)
-@click.option("--force", is_flag=True, help="Replace an existing page.")
+@output_option("H", "Page to write.  [default: the first patch's name with .html, here]")
+@force_option("Replace an existing page.")
 @click.option(
     "--run",
     "runs",
@@ -28,7 +22,7 @@ from ksl_patch.cli.options import REFERENCE
     metavar="DIR",
     help="Folder that the build of the patch in the same place kept.  [default: P.run, where it is there]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def report(
     references: tuple[str, ...], output: Path | None, force: bool, runs: tuple[Path, ...], as_json: bool
 ) -> None:

@@ -14,7 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 from rich.table import Table
 
-from ksl_patch.cli.options import NAMED_REFERENCE, PATH_OR_ID, REFERENCE
+from ksl_patch.cli.options import NAMED_REFERENCE, PATH_OR_ID, REFERENCE, json_option
 from ksl_patch.errors import BaseMismatchError, RunError
 from ksl_patch.terminal import PlainConsole
 from ksl_patch.vllm.flags import plugins, read_flags
@@ -87,7 +87,7 @@ class _Serve(click.Command):
 )
 @click.option("--lora", is_flag=True, help="Serve ordinary LoRA adapters too, on every layer that vLLM supports.")
 @click.option("--dry-run", is_flag=True, help="Print the equivalent `vllm serve` command and stop.")
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run, as JSON.")
+@json_option("With --dry-run, as JSON.")
 @click.pass_context
 def serve(
     ctx: click.Context,

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import click
 
+from ksl_patch.cli.options import json_option
+
 
 @click.command()
 @click.argument("files", metavar="P...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--key", required=True, type=click.Path(path_type=Path), help="Secret key, of `ksl-patch keygen` or minisign."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each.")
+@json_option("Print a JSON line for each.")
 def sign(files: tuple[Path, ...], key: Path, as_json: bool) -> None:
     """Sign patch files: P.minisig beside each, in minisign's format."""
     from ksl_patch.patch import Patch

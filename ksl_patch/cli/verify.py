@@ -7,21 +7,16 @@ from pathlib import Path
 
 import click
 
-from ksl_patch.cli.options import PATH_OR_ID, REFERENCE
+from ksl_patch.cli.options import REFERENCE, base_option, json_option, revision_option
 from ksl_patch.terminal import visible
 
 
 @click.command()
 @click.argument("reference", metavar="P", type=REFERENCE)
-@click.option(
-    "--base",
-    metavar="M",
-    type=PATH_OR_ID,
-    help="Also check that the patch belongs to this base: a local folder or a Hub id.",
-)
-@click.option("--revision", metavar="REV", help="Revision of the base on the Hub.")
+@base_option("Also check that the patch belongs to this base: a local folder or a Hub id.")
+@revision_option()
 @click.option("--key", type=click.Path(path_type=Path), help="Also check P.minisig with this public key.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def verify(reference: str, base: str | None, revision: str | None, key: Path | None, as_json: bool) -> None:
     """Check a patch: that it is sound, with --base that it belongs to that model, with --key that it is signed.
 

@@ -6,12 +6,13 @@ import json
 
 import click
 
+from ksl_patch.cli.options import json_option
 from ksl_patch.words import WORDS
 
 
 @click.command()
 @click.argument("word", nargs=-1, metavar="[WORD]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def words(word: tuple[str, ...], as_json: bool) -> None:
     """Say what ticket, slot, side, scope, D, p and other words mean: all of them, or WORD."""
     asked = " ".join(word).casefold()
