@@ -193,7 +193,7 @@ def build(
             other = others[0].replace("_", "-") if others else "selection"
             raise click.UsageError(f"--rows names the rows, and --{other} chooses them: give one of the two.")
     if options["alpha"] is None and options["top_k"] is None:
-        options["alpha"] = 0.05
+        del options["alpha"]  # the configuration's own
     options["name"] = options["name"] or output.stem
     run = run or output.with_name(output.name + ".run")
 

@@ -45,6 +45,7 @@ def certify(
     with subject(reference, output=output, needs_build=True, as_json=as_json, **options) as it:
         from ksl_patch.evidence.agreement import certify as compare
         from ksl_patch.patch.evidence import Certificate, write
+        from ksl_patch.patch.meta import DEFAULT_ALPHA
 
         assert it.build is not None
         ticket = it.patch.meta.ticket
@@ -53,7 +54,7 @@ def certify(
             it.build,
             it.patch,
             it.held_out,
-            alpha=alpha or (ticket and ticket.alpha) or 0.05,
+            alpha=alpha or (ticket.level if ticket else DEFAULT_ALPHA),
             delta=delta,
             max_new_tokens=max_new_tokens,
             part=it.part,

@@ -93,7 +93,7 @@ def _print(patch: Patch, size: int, limit: int) -> None:
     if meta.template:
         fact("template", repr(meta.template.text))
     if meta.ticket:
-        level = meta.ticket.alpha or 0.05
+        level = meta.ticket.level
         weak = sum(p >= level for p in meta.ticket.pvalue or ())
         fact("ticket", meta.ticket.rule + (f", {counted(weak, 'row')} of these with p >= {level:g}" if weak else ""))
     if meta.training:

@@ -15,6 +15,7 @@ from ksl_patch.hf import attach
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch
 from ksl_patch.patch.evidence import Certificate
+from ksl_patch.patch.meta import DEFAULT_ALPHA
 from ksl_patch.train.build import Build
 
 
@@ -23,7 +24,7 @@ def certify(
     patch: Patch,
     held_out: Encoded,
     *,
-    alpha: float = 0.05,
+    alpha: float = DEFAULT_ALPHA,
     delta: float = 0.05,
     max_new_tokens: int | None = None,
     part: str | None = None,

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from ksl_patch.errors import PatchError
 from ksl_patch.patch.meta import PatchMeta
 
+SUFFIX = ".safetensors"
 FORMAT_VERSION = 1
 _MAX_HEADER = 16 * 2**20  # parsed JSON takes many times its text in memory
 # Fields that came later: a file without them has the bytes, and the checksum, that it always had.

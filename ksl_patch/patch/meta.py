@@ -13,6 +13,7 @@ import msgspec
 from ksl_patch.base import BaseIdentity
 from ksl_patch.errors import PatchError
 
+DEFAULT_ALPHA = 0.05  # the level of the test where nobody names one
 Side = Literal["input", "input+output"]
 Scope = Literal["all", "prompt"]
 
@@ -75,6 +76,11 @@ class TicketMeta:
     top_k: int | None
     statistic: list[float] | None
     pvalue: list[float] | None
+
+    @property
+    def level(self) -> float:
+        """The level by which a row of it moved or did not, also where the ticket was chosen without one."""
+        return self.alpha or DEFAULT_ALPHA
 
     @property
     def rule(self) -> str:

@@ -18,6 +18,7 @@ from ksl_patch.evidence.certificate import MEANING, statements
 from ksl_patch.kstest import critical_statistic
 from ksl_patch.patch import Patch
 from ksl_patch.patch.evidence import METRICS, Certificate, Evaluation, Figure, read
+from ksl_patch.patch.meta import DEFAULT_ALPHA
 from ksl_patch.patch.wording import (
     P_RANKS,
     against,
@@ -193,7 +194,7 @@ def _volcano(name: str, patch: Patch, tested: AllRows | None) -> Picture | None:
     if tested is None:
         return None
     meta = patch.meta
-    alpha = (meta.ticket and meta.ticket.alpha) or 0.05
+    alpha = meta.ticket.level if meta.ticket else DEFAULT_ALPHA
     critical = critical_statistic(meta.base.hidden_size, alpha)
     ids = patch.token_ids.numpy()
     return volcano(

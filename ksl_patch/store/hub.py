@@ -17,13 +17,13 @@ from typing import Any
 from ksl_patch import __version__
 from ksl_patch.errors import HubError, KslPatchError
 from ksl_patch.patch import Patch
+from ksl_patch.patch.file import SUFFIX
 from ksl_patch.store import sign
 from ksl_patch.store.card import CARD, make_card
 
 PREFIX = "hf://"
 MAX_BYTES = 256 * 2**20  # a thousand float32 rows of 16,384, three tensors, are 197 MB
 _MOST_FILES = 10_000
-_SUFFIX = ".safetensors"
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}"
 _REFERENCE = re.compile(
     rf"(?:{PREFIX})?(?P<repo>{_PART}/{_PART})"
@@ -45,8 +45,8 @@ class HubReference:
     def parse(cls, text: str) -> HubReference:
         """Read `[hf://]ORG/REPO[@REVISION][/FILE]`. Raises HubError."""
         found = _REFERENCE.fullmatch(text)
-        if found is None or (found["file"] and not found["file"].endswith(_SUFFIX)):
-            raise HubError(f"{text[:200]!r} is not a patch on the Hub: that is ORG/REPO[@REVISION][/FILE{_SUFFIX}].")
+        if found is None or (found["file"] and not found["file"].endswith(SUFFIX)):
+            raise HubError(f"{text[:200]!r} is not a patch on the Hub: that is ORG/REPO[@REVISION][/FILE{SUFFIX}].")
         return cls(found["repo"], found["revision"], found["file"])
 
     @property
@@ -110,7 +110,7 @@ def push(
     from huggingface_hub import CommitOperationAdd, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    file = f"{name}{_SUFFIX}"
+    file = f"{name}{SUFFIX}"
     target = HubReference.parse(str(HubReference(repo, revision, file)))
     loaded = Patch.load(patch)
     signature = sign.signature_path(patch)
@@ -149,7 +149,7 @@ def _download(reference: HubReference) -> Fetched:
 
     tree = _api().list_repo_tree(reference.repo, revision=reference.revision, recursive=True)
     files = {entry.path: entry for entry in islice(tree, _MOST_FILES) if isinstance(entry, RepoFile)}
-    file = _choose(reference, [path for path in files if path.endswith(_SUFFIX)])
+    file = _choose(reference, [path for path in files if path.endswith(SUFFIX)])
     paths = []
     for name in (file, file + sign.SUFFIX):
         if name not in files:
@@ -167,14 +167,14 @@ def _cached(reference: HubReference, error: Exception) -> Fetched:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    pattern = reference.file or f"*{_SUFFIX}"
+    pattern = reference.file or f"*{SUFFIX}"
     try:
         folder = Path(
             snapshot_download(
                 reference.repo, revision=reference.revision, allow_patterns=pattern, local_files_only=True
             )
         )
-        file = _choose(reference, [str(path.relative_to(folder)) for path in folder.rglob(f"*{_SUFFIX}")])
+        file = _choose(reference, [str(path.relative_to(folder)) for path in folder.rglob(f"*{SUFFIX}")])
     except (LocalEntryNotFoundError, HubError) as absent:
         raise HubError(f"{reference} is not in the cache, and the Hub cannot be asked: {_said(error)}.") from absent
     return Fetched(folder / file, _pinned(reference, folder / file, file))
@@ -187,7 +187,7 @@ def _choose(reference: HubReference, files: list[str]) -> str:
             raise HubError(f"{reference.repo} has no {reference.file} there; it has {_listed(files)}.")
         return reference.file
     if len(files) != 1:
-        raise HubError(f"{reference.repo} has {_listed(files)}: say which, as in {reference}/NAME{_SUFFIX}.")
+        raise HubError(f"{reference.repo} has {_listed(files)}: say which, as in {reference}/NAME{SUFFIX}.")
     HubReference.parse(f"{reference.repo}/{files[0]}")  # a repository may call its files anything
     return files[0]
 

@@ -21,12 +21,12 @@ from pathlib import Path
 from ksl_patch.atomic import write_atomically
 from ksl_patch.errors import PatchError
 from ksl_patch.patch import Patch
+from ksl_patch.patch.file import SUFFIX
 from ksl_patch.patch.names import check_name
 from ksl_patch.store.root import default_root
 from ksl_patch.store.sign import signature_path
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-SUFFIX = ".safetensors"
 
 
 def is_digest(text: str) -> bool:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from ksl_patch.errors import PatchError
 from ksl_patch.patch import Patch
+from ksl_patch.patch.file import SUFFIX
 from ksl_patch.patch.names import is_name
 from ksl_patch.store.hub import PREFIX, fetch
-from ksl_patch.store.local import SUFFIX, Store, is_digest
+from ksl_patch.store.local import Store, is_digest
 
 
 class Found(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ksl_patch.patch import Patch, Scope, Side
+from ksl_patch.patch.meta import DEFAULT_ALPHA
 from ksl_patch.ticket import DEFAULT_CAP, Selection
 
 Mode = Literal["partial", "transfer"]
@@ -34,7 +35,7 @@ class BuildConfig:
     strict: bool = False
     template: str = "plain"
     system: str | None = None
-    alpha: float | None = 0.05
+    alpha: float | None = DEFAULT_ALPHA
     top_k: int | None = None
     cap: int = DEFAULT_CAP
     selection: Selection = "ks"

@@ -7,6 +7,7 @@ from contextlib import suppress
 import numpy as np
 
 from ksl_patch.errors import RunError
+from ksl_patch.patch.meta import DEFAULT_ALPHA
 from ksl_patch.terminal import counted
 from ksl_patch.ticket import Ticket, given_ticket
 from ksl_patch.train.material import Material
@@ -34,7 +35,7 @@ def given(of: Material, counts: np.ndarray) -> Ticket:
 
 def report_weak_rows(of: Material, ticket: Ticket) -> None:
     """Of a ticket, which rows the test does not call moved, and whether the template has any of them."""
-    level = of.config.alpha or 0.05
+    level = of.config.alpha or DEFAULT_ALPHA
     pvalues = np.zeros(0) if ticket.pvalue is None else ticket.pvalue
     if weak := int((pvalues >= level).sum()):
         message = (
