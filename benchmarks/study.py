@@ -34,7 +34,7 @@ from ksl_patch.evidence.systems import make_systems
 from ksl_patch.hf import attach
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import TemplateMeta
-from ksl_patch.patch.evidence import METRICS, Certificate, Evaluation, SystemScores, read, write
+from ksl_patch.patch.evaluation import METRICS, Certificate, Evaluation, SystemScores, read, write
 from ksl_patch.patch.wording import against, difference, occurrence_table, with_interval
 from ksl_patch.store.card import markdown_table
 from ksl_patch.ticket import Ticket, given_ticket

@@ -10,8 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ksl_patch"
 MARK = "<!-- layout: written by docs/layout.py -->\n"
-# From what everything stands on to what people use.
+# A room imports from those before it alone, as pyproject.toml has it.
 ROOMS = ["base", "patch", "bank", "hf", "vllm", "store", "interop", "data", "train", "evidence", "report", "cli"]
+
+
+ALONE = (
+    "The KS test, the choice of rows (ticket), rows put over an embedding (overlay), two patches in one, small things"
+)
 
 
 def first_sentence(file: Path) -> str:
@@ -28,7 +33,7 @@ def files(folder: Path) -> list[Path]:
 def by_room() -> str:
     """A line for each room, with links to its files."""
     alone = " ".join(f"[{file.stem}](ksl_patch/{file.name})" for file in files(PACKAGE))
-    lines = [f"- [`ksl_patch/`](ksl_patch) what needs no room of its own: {alone}"]
+    lines = [f"- [`ksl_patch/`](ksl_patch) {ALONE}: {alone}"]
     for room in ROOMS:
         links = " ".join(f"[{file.stem}](ksl_patch/{room}/{file.name})" for file in files(PACKAGE / room))
         links = "" if room == "cli" else f": {links}"

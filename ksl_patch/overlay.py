@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ksl_patch.bank import BankTensors, PatchBank, SlotRows
-from ksl_patch.bank.tables import LOW
+from ksl_patch.bank.lookup import LOW
 from ksl_patch.base import EmbeddingTable, find_embedding
 from ksl_patch.patch import Patch
 

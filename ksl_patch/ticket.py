@@ -1,4 +1,4 @@
-"""From test results to a ticket, and the control selections that a ticket is judged against."""
+"""Which rows a patch changes (the ticket): by the test, by hand, or by a control; build.py picks the rule."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from test_patch import make_patch
 from torch import nn
 
 from ksl_patch import find_embedding, fingerprint, identify
-from ksl_patch.base.digest import tokenizer_digest
+from ksl_patch.base.model_digests import tokenizer_digest
 from ksl_patch.errors import BaseMismatchError, OtherVocabularyWarning
 
 SMALL = {

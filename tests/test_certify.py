@@ -20,7 +20,7 @@ from ksl_patch.evidence.certificate import (
     lower_bound,
     statements,
 )
-from ksl_patch.patch.evidence import Certificate, Margin, read
+from ksl_patch.patch.evaluation import Certificate, Margin, read
 
 
 @pytest.mark.parametrize("n", [20, 64, 300])

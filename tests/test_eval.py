@@ -16,7 +16,7 @@ from ksl_patch.evidence.ablate import PLACES, run_at
 from ksl_patch.evidence.outputs import Cache, Outputs, run
 from ksl_patch.evidence.scorer import Scorer
 from ksl_patch.evidence.systems import make_systems, noise_patch
-from ksl_patch.patch.evidence import Evaluation, read
+from ksl_patch.patch.evaluation import Evaluation, read
 from ksl_patch.train.build import Build
 from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.loss import token_loss

@@ -19,8 +19,8 @@ from test_build import FAST, Recorder, command, start
 
 from ksl_patch import Patch, attach
 from ksl_patch.base import identify
-from ksl_patch.base.digest import body_digest, model_digest
 from ksl_patch.base.identity import has_other_weights
+from ksl_patch.base.model_digests import body_digest, model_digest
 from ksl_patch.cli.build import named_rows
 from ksl_patch.cli.eval import table
 from ksl_patch.data.columns import Columns
@@ -36,7 +36,7 @@ from ksl_patch.evidence.outputs import token_limit
 from ksl_patch.evidence.scorer import Scorer
 from ksl_patch.evidence.systems import make_systems
 from ksl_patch.overlay import slot_rows
-from ksl_patch.patch.evidence import Evaluation, read
+from ksl_patch.patch.evaluation import Evaluation, read
 from ksl_patch.patch.wording import against, from_base, of_seeds
 from ksl_patch.store.card import make_card
 from ksl_patch.ticket import given_ticket
@@ -151,7 +151,7 @@ def test_a_base_with_an_adapter_has_one_name_in_every_process(base_folder, tmp_p
     shutil.copy(base_folder / "tokenizer.json", tmp_path)
     shutil.copy(base_folder / "tokenizer_config.json", tmp_path)
     script = (
-        "import sys; from ksl_patch.hf import load_base; from ksl_patch.base.digest import model_digest; "
+        "import sys; from ksl_patch.hf import load_base; from ksl_patch.base.model_digests import model_digest; "
         "print(model_digest(*load_base(sys.argv[1])))"
     )
 

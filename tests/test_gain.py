@@ -24,7 +24,7 @@ from ksl_patch.evidence.outputs import Outputs
 from ksl_patch.evidence.scorer import Scorer
 from ksl_patch.evidence.systems import make_systems
 from ksl_patch.patch import TemplateMeta
-from ksl_patch.patch.evidence import Difference, Evaluation, Occurrence, Split, SystemScores, read, write
+from ksl_patch.patch.evaluation import Difference, Evaluation, Occurrence, Split, SystemScores, read, write
 from ksl_patch.patch.wording import where_from, which_occur
 from ksl_patch.report.page import make_report
 from ksl_patch.store.card import make_card

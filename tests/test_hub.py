@@ -15,7 +15,7 @@ from test_report import evaluation
 
 from ksl_patch import Patch, attach
 from ksl_patch.errors import HubError
-from ksl_patch.patch.evidence import write
+from ksl_patch.patch.evaluation import write
 from ksl_patch.store import hub as hub_store
 from ksl_patch.store import sign
 from ksl_patch.store.hub import HubReference, fetch

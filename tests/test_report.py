@@ -15,7 +15,7 @@ from ksl_patch import Patch
 from ksl_patch.errors import PatchError
 from ksl_patch.evidence.certificate import at_least, ks_margin, lower_bound
 from ksl_patch.patch import Origin, TemplateMeta, TicketMeta
-from ksl_patch.patch.evidence import Certificate, Evaluation, Figure, Sample, SystemScores, write
+from ksl_patch.patch.evaluation import Certificate, Evaluation, Figure, Sample, SystemScores, write
 from ksl_patch.report.page import AllRows, make_report
 
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(2)> $\\frac$ & \"quoted\" 'single' \u202e"

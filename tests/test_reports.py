@@ -21,7 +21,7 @@ from test_hf import IDS, some_patch
 from test_interop import adapter
 
 from ksl_patch import Patch, attach
-from ksl_patch.base.names import public_id
+from ksl_patch.base.model_id import public_id
 from ksl_patch.errors import BaseMismatchError, HubError, OtherVocabularyWarning, PatchError, RunError
 from ksl_patch.hf import generate, load_base
 from ksl_patch.patch import TemplateMeta

@@ -21,7 +21,7 @@ from ksl_patch.evidence.compare import evaluate
 from ksl_patch.evidence.outputs import Cache
 from ksl_patch.evidence.scorer import first_line
 from ksl_patch.hf import generate, prompt_ids
-from ksl_patch.patch.evidence import Evaluation, write
+from ksl_patch.patch.evaluation import Evaluation, write
 from ksl_patch.patch.wording import from_base, show, where_from
 from ksl_patch.report.page import AllRows, make_report
 from ksl_patch.train.build import Build

@@ -2,6 +2,6 @@
 
 from ksl_patch.bank.fixed import SlotBank
 from ksl_patch.bank.growing import PatchBank
-from ksl_patch.bank.tables import BankTensors, SlotRows
+from ksl_patch.bank.lookup import BankTensors, SlotRows
 
 __all__ = ["BankTensors", "PatchBank", "SlotBank", "SlotRows"]

@@ -1,4 +1,4 @@
-"""Which patches leave a growing bank's device when another one needs their room, and whether that is enough."""
+"""Which patches a growing bank moves to host memory when its budget is short; storage.py copies them."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ksl_patch.bank.tables import BankTensors, SlotRows, bucket_entries, check_rows, fewest_buckets, hash_ids
+from ksl_patch.bank.lookup import BankTensors, SlotRows, bucket_entries, check_rows, fewest_buckets, hash_ids
 from ksl_patch.errors import BankError
 
 

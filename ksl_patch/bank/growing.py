@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from ksl_patch.bank.eviction import Eviction
+from ksl_patch.bank.lookup import BankTensors, SlotRows
 from ksl_patch.bank.slots import Slot
 from ksl_patch.bank.storage import Storage
-from ksl_patch.bank.tables import BankTensors, SlotRows
 from ksl_patch.bank.turns import Turns
 from ksl_patch.errors import BankError
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ksl_patch.bank.tables import SlotRows, check_rows, hash_ids
+from ksl_patch.bank.lookup import SlotRows, check_rows, hash_ids
 
 
 class Room(NamedTuple):

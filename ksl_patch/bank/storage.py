@@ -1,4 +1,4 @@
-"""The tensors of a growing bank: written, grown, compacted and published here; who may be in them, growing.py says.
+"""The tensors of a growing bank: write, grow, compact, copy to the host; whose turn it is, eviction.py says.
 
 A writer fills rows, then entries, then the table, so that what a reader finds is always there.
 """
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ksl_patch.bank.lookup import EMPTY, LOW, WIDTH, BankTensors, bucket_entries
 from ksl_patch.bank.slots import NOTHING, Gone, Room, Runs, Slot, run_length
-from ksl_patch.bank.tables import EMPTY, LOW, WIDTH, BankTensors, bucket_entries
 from ksl_patch.errors import BankError
 
 # Spare room that a full tensor grows by: a sixteenth. Copying stays cheap and little memory lies idle.

@@ -1,4 +1,4 @@
-"""One thread at a time changes a growing bank, and finalisers wait for none."""
+"""A growing bank's lock: one thread changes it at a time, and finalisers leave a note and never wait."""
 
 from __future__ import annotations
 

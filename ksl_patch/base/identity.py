@@ -9,8 +9,8 @@ from typing import Annotated, Any, Protocol
 import msgspec
 import torch
 
-from ksl_patch.base.digest import body_digest, fingerprint, tokenizer_digest, weights_digest
-from ksl_patch.base.names import public_id
+from ksl_patch.base.model_digests import body_digest, fingerprint, tokenizer_digest, weights_digest
+from ksl_patch.base.model_id import public_id
 from ksl_patch.base.table import EmbeddingTable, find_embedding, is_plain, stored_weight
 from ksl_patch.base.tensors import dtype_name
 from ksl_patch.errors import BaseMismatchError

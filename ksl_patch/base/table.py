@@ -1,4 +1,4 @@
-"""Where a model looks its tokens up: its embedding table and its head; which base that is, identity.py says."""
+"""Finds a model's embedding table and head, or refuses an architecture whose rows cannot be replaced."""
 
 from __future__ import annotations
 

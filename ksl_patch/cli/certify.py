@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ksl_patch.cli.evidence import evidence_options, subject
+from ksl_patch.cli.judging import evidence_options, subject
 from ksl_patch.cli.options import REFERENCE
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ksl_patch.patch.evidence import Certificate
+    from ksl_patch.patch.evaluation import Certificate
 
 
 @click.command(context_settings={"show_default": True})
@@ -44,7 +44,7 @@ def certify(
     """
     with subject(reference, output=output, needs_build=True, as_json=as_json, **options) as it:
         from ksl_patch.evidence.agreement import certify as compare
-        from ksl_patch.patch.evidence import Certificate, write
+        from ksl_patch.patch.evaluation import Certificate, write
         from ksl_patch.patch.meta import DEFAULT_ALPHA
 
         assert it.build is not None

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ksl_patch.cli.evidence import evidence_options, subject
+from ksl_patch.cli.judging import evidence_options, subject
 from ksl_patch.cli.options import REFERENCE
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ksl_patch.patch.evidence import Evaluation
+    from ksl_patch.patch.evaluation import Evaluation
 
 
 @click.command(context_settings={"show_default": True})
@@ -51,7 +51,7 @@ def eval(
 
     Everything trained and generated stays in the run folder: an evaluation that was cut off continues.
     """
-    from ksl_patch.patch.evidence import CONTROLS, SYSTEMS, Evaluation, write
+    from ksl_patch.patch.evaluation import CONTROLS, SYSTEMS, Evaluation, write
     from ksl_patch.patch.wording import where_from, which_occur
 
     chosen = {"all": CONTROLS, "none": ()}.get(controls, tuple(part.strip() for part in controls.split(",")))

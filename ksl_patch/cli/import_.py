@@ -41,7 +41,7 @@ def import_(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Make a patch from PEFT's TrainableTokens adapter in FOLDER, alone or inside a LoRA adapter."""
-    from ksl_patch.base.names import check_base_model
+    from ksl_patch.base.model_id import check_base_model
     from ksl_patch.errors import PatchError
     from ksl_patch.hf import load_base
     from ksl_patch.hf.loading import load_tokenizer

@@ -64,7 +64,7 @@ def _print(patch: Patch, size: int, limit: int) -> None:
     from rich.table import Table
 
     from ksl_patch.errors import PatchError
-    from ksl_patch.patch.evidence import Evaluation, in_words, read
+    from ksl_patch.patch.evaluation import Evaluation, in_words, read
     from ksl_patch.patch.wording import occurrence_table, which_occur
     from ksl_patch.terminal import PlainConsole, counted
     from ksl_patch.words import explain

@@ -196,7 +196,7 @@ def _check_base(base: str, names: list[str], served: list[tuple[str, str, Patch 
 
     names: what the base answers to.
     """
-    from ksl_patch.base.files import table_in_files
+    from ksl_patch.base.weight_files import table_in_files
 
     folder = Path(base)
     remote = "://" in base or base.endswith(".gguf")  # storage, or a file of a repository, which vLLM takes too

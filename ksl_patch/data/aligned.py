@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ksl_patch.data.columns import SOURCES, TARGETS, Languages
-from ksl_patch.data.files import lines_of, unpacked
 from ksl_patch.data.languages import says_language
 from ksl_patch.data.records import Record
+from ksl_patch.data.text_files import lines_of, unpacked
 from ksl_patch.errors import DataError
 
 

@@ -1,4 +1,4 @@
-"""Which columns of a table hold what, and the pair of a record; how records are read, records.py and tables.py say."""
+"""Which columns of a table hold what, and the pair of a record; reading them is records.py's and delimited.py's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading sentence pairs: from whatever holds them to a list, and what is no pair; one file here for each form."""
+"""Reads sentence pairs: picks the reader by a file's ending, and counts the lines that are no pair."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 from ksl_patch.data.aligned import read_aligned
 from ksl_patch.data.columns import Columns, Languages, Naming
-from ksl_patch.data.files import form_of, is_lines, is_packed
+from ksl_patch.data.delimited import csv_rows, tsv_rows, under_names
 from ksl_patch.data.languages import says_language
 from ksl_patch.data.pairs import Pair
 from ksl_patch.data.records import Record, Wrong, read_dataset, read_json, read_parquet
-from ksl_patch.data.tables import csv_rows, tsv_rows, under_names
+from ksl_patch.data.text_files import form_of, is_lines, is_packed
 from ksl_patch.errors import DataError
 
 _SHOWN = 10

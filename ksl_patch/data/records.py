@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ksl_patch.data.files import lines_of
+from ksl_patch.data.text_files import lines_of
 from ksl_patch.errors import DataError
 
 

@@ -1,4 +1,4 @@
-"""Which pairs train, which are for choices and which for figures, and in what order training reads them."""
+"""Which pairs are held out for figures, which are dev (for choices), which train, and the order of training."""
 
 from __future__ import annotations
 

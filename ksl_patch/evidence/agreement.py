@@ -14,7 +14,7 @@ from ksl_patch.evidence.outputs import Cache, run, token_limit
 from ksl_patch.hf import attach
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch
-from ksl_patch.patch.evidence import Certificate
+from ksl_patch.patch.evaluation import Certificate
 from ksl_patch.patch.meta import DEFAULT_ALPHA
 from ksl_patch.train.build import Build
 

@@ -14,7 +14,7 @@ import torch
 from ksl_patch.base.tensors import row_bits
 from ksl_patch.errors import RunError
 from ksl_patch.patch import Patch
-from ksl_patch.patch.evidence import PARTS, Bound, Certificate, Margin
+from ksl_patch.patch.evaluation import PARTS, Bound, Certificate, Margin
 
 # What a certificate is, as the paper's Theorem 2 is.
 MEANING = (

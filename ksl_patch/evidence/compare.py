@@ -1,4 +1,4 @@
-"""The evaluation: base, patch and the systems beside it on the same pairs, and what a reader must know of it."""
+"""Runs base, patch and controls on the same pairs and makes the evaluation; intervals are scorer.py's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ksl_patch.evidence.outputs import Cache, Outputs, run, token_limit
 from ksl_patch.evidence.scorer import Scorer
 from ksl_patch.hf import end_token_id
 from ksl_patch.patch import Patch
-from ksl_patch.patch.evidence import SYSTEMS, Evaluation, Occurrence, Sample, SystemScores
+from ksl_patch.patch.evaluation import SYSTEMS, Evaluation, Occurrence, Sample, SystemScores
 from ksl_patch.train.build import Build
 from ksl_patch.train.progress import Reporter
 

@@ -1,4 +1,4 @@
-"""Corpus figures of what systems did on the same pairs, with paired bootstrap intervals; outputs.py gets those."""
+"""Metrics of outputs, and their bootstrap intervals; how outputs are made is outputs.py's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from ksl_patch.data.recognition import recogniser
 from ksl_patch.evidence.bleu import bleu_metric
 from ksl_patch.evidence.outputs import Outputs
-from ksl_patch.patch.evidence import Difference, Figure, Split
+from ksl_patch.patch.evaluation import Difference, Figure, Split
 
 
 def first_line(text: str) -> str:

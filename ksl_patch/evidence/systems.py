@@ -9,7 +9,7 @@ import torch
 
 from ksl_patch.errors import RunError
 from ksl_patch.patch import Patch
-from ksl_patch.patch.evidence import CONTROLS
+from ksl_patch.patch.evaluation import CONTROLS
 from ksl_patch.train.build import Build
 
 

@@ -1,4 +1,4 @@
-"""Attaching: where a handle gets onto a model, and the only file here that knows where patches are kept."""
+"""`attach` itself: puts a handle on a model, and resolves what names a patch; the only store import of hf/."""
 
 from __future__ import annotations
 

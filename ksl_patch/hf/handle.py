@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ksl_patch.bank import PatchBank
-from ksl_patch.base.digest import tokenizer_digest, weights_digest
 from ksl_patch.base.identity import check_head
+from ksl_patch.base.model_digests import tokenizer_digest, weights_digest
 from ksl_patch.errors import RunError
 from ksl_patch.hf.attached import AttachedModel
 from ksl_patch.hf.binding import F, bind

@@ -1,4 +1,4 @@
-"""The `using` block as an object, and functions that are bound to a choice; what a choice is, choice.py says."""
+"""The `using` block as an object; functions bound to a choice are binding.py's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The patch: token ids, replacement rows and what is known of them; its digest, and its check against a model."""
+"""The patch: token ids, rows and metadata; its digest, and its checks against a model (identity.py compares)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 
 from ksl_patch.atomic import write_atomically
 from ksl_patch.base import EmbeddingTable, check_base, find_embedding, identify
-from ksl_patch.base.digest import tokenizer_digest
 from ksl_patch.base.identity import Table, has_other_weights
+from ksl_patch.base.model_digests import tokenizer_digest
 from ksl_patch.base.tensors import dtype_name, tensor_bytes
 from ksl_patch.errors import BaseMismatchError, OtherBodyWarning, OtherVocabularyWarning, PatchError
 from ksl_patch.patch import file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ksl_patch.patch.evidence import METRICS, Difference, Evaluation, Figure
+from ksl_patch.patch.evaluation import METRICS, Difference, Evaluation, Figure
 
 # What a p-value of a ticket is.
 P_RANKS = (

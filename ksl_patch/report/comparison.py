@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ksl_patch.patch import Patch
-from ksl_patch.patch.evidence import Evaluation, Figure, read
+from ksl_patch.patch.evaluation import Evaluation, Figure, read
 from ksl_patch.report.figures import Dot, Picture, dot_plot
 
 _PLOTTED = ("loss", "chrf_first_line", "chrf", "bleu_first_line", "stop_rate", "in_language", "characters")

@@ -20,8 +20,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from ksl_patch.patch.evidence import METRICS
-from ksl_patch.patch.evidence import Figure as Score
+from ksl_patch.patch.evaluation import METRICS
+from ksl_patch.patch.evaluation import Figure as Score
 from ksl_patch.patch.wording import show
 
 _INK, _GRID, _ACCENT, _OTHER = "#010203", "#040506", "#070809", "#0a0b0c"

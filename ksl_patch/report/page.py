@@ -17,7 +17,7 @@ from ksl_patch.errors import RunError
 from ksl_patch.evidence.certificate import MEANING, statements
 from ksl_patch.kstest import critical_statistic
 from ksl_patch.patch import Patch
-from ksl_patch.patch.evidence import METRICS, Certificate, Evaluation, Figure, read
+from ksl_patch.patch.evaluation import METRICS, Certificate, Evaluation, Figure, read
 from ksl_patch.patch.meta import DEFAULT_ALPHA
 from ksl_patch.patch.wording import (
     P_RANKS,

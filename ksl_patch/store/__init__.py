@@ -1,1 +1,1 @@
-"""Where patches are kept."""
+"""Patches by name: the local store, the Hub, lock files, signatures, and references to them (hf://...)."""

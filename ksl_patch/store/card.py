@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ksl_patch.base.names import is_hub_id
+from ksl_patch.base.model_id import is_hub_id
 from ksl_patch.errors import HubError, PatchError
 from ksl_patch.patch import Patch
-from ksl_patch.patch.evidence import Evaluation, Figure, read
+from ksl_patch.patch.evaluation import Evaluation, Figure, read
 from ksl_patch.patch.wording import against, of_seeds, where_from, with_interval
 
 CARD = "README.md"

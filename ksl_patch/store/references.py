@@ -1,4 +1,4 @@
-"""References: what a command, a server or `handle.load` is given for a patch, and the patch that it stands for.
+"""A path, stored name, digest or hf:// address turned into a patch; a server's requests: vllm/sources.py.
 
 A path, a name or digest of the local store (local.py), or hf://ORG/REPO/FILE (hub.py).
 """

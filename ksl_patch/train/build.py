@@ -1,4 +1,4 @@
-"""The whole build: embedding tuning -> KS test -> partial tuning (or transfer) -> patch.
+"""The whole build, stage by stage, and the rule for its rows: embedding tuning, KS test, partial tuning, patch.
 
 Every stage keeps its result in the run folder under a name made from all that it depends on, so a build that
 was killed continues, and a build with another alpha uses the same embedding tuning.
@@ -24,7 +24,7 @@ from ksl_patch.hf import attach
 from ksl_patch.kstest import KSResult, ks_test
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch
-from ksl_patch.patch.evidence import Evaluation, write
+from ksl_patch.patch.evaluation import Evaluation, write
 from ksl_patch.patch.meta import timestamp
 from ksl_patch.terminal import counted
 from ksl_patch.ticket import Selection, Ticket, frequency_ticket, ks_ticket, l2_ticket, random_ticket
@@ -34,7 +34,7 @@ from ksl_patch.train.loss import token_loss
 from ksl_patch.train.material import Material
 from ksl_patch.train.progress import Reporter, SilentReporter, noting_warnings
 from ksl_patch.train.record import Record, keep, note_use, read_tests, write_record
-from ksl_patch.train.selection import given, report_weak_rows
+from ksl_patch.train.ticket_checks import given, report_weak_rows
 from ksl_patch.train.tune import TuneSettings, tune_rows
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 
 from ksl_patch.base import BaseIdentity, find_embedding, identify
-from ksl_patch.base.digest import model_digest
+from ksl_patch.base.model_digests import model_digest
 from ksl_patch.errors import RunError
 
 

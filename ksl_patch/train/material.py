@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ksl_patch.base import find_embedding
-from ksl_patch.base.names import check_base_model, is_hub_id, named_in_files
+from ksl_patch.base.model_id import check_base_model, is_hub_id, named_in_files
 from ksl_patch.base.tensors import dtype_name
 from ksl_patch.data.columns import Columns
 from ksl_patch.data.encoding import Encoded, Example, check_ids, encode, source_tokens

@@ -1,4 +1,7 @@
-"""vLLM: patches served by name beside the base, each request its own. `plugin.register` is found by entry point."""
+"""The runtime for vLLM: patches served by name beside the base, each request its own; hf/ is the other.
+
+`plugin.register` is found by entry point.
+"""
 
 from __future__ import annotations
 

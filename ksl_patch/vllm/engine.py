@@ -1,4 +1,4 @@
-"""The engine's door: a request joins the others once every worker has read and checked its patch, or fails by itself.
+"""Before a request enters vLLM's engine: every worker reads and checks its patch, or that request alone fails.
 
 vLLM reads an adapter inside the step that needs it first, where an error ends the engine.
 """

@@ -1,4 +1,4 @@
-"""The embedding layer that vLLM's adapter plumbing drives: a slot holds a patch's rows instead of a LoRA."""
+"""vLLM's embedding layer with patches: which slot each position has, and the rows that are looked up there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker's adapters: a patch file, a TrainableTokens adapter, or an ordinary LoRA, and what was read of them."""
+"""A worker's adapters: read, checked against the base, put into a slot: a patch, TrainableTokens, a LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The entry points: what this package puts into vLLM's processes, and what it checks before it does."""
+"""vLLM's entry points: what is put into its processes, and which vLLM or model is refused before that."""
 
 from __future__ import annotations
 
@@ -171,10 +171,10 @@ def takes_no_adapters(model_config: Any) -> str | None:
 def _code() -> str:
     """A digest of the code that is compiled into a model."""
     from ksl_patch import overlay
-    from ksl_patch.bank import tables
+    from ksl_patch.bank import lookup
     from ksl_patch.vllm import layer
 
-    text = "".join(inspect.getsource(module) for module in (tables, overlay, layer, sys.modules[__name__]))
+    text = "".join(inspect.getsource(module) for module in (lookup, overlay, layer, sys.modules[__name__]))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from ksl_patch.base.digest import tokenizer_digest
+from ksl_patch.base.model_digests import tokenizer_digest
 from ksl_patch.errors import KslPatchError, OtherVocabularyWarning, PatchError
 from ksl_patch.patch import Patch, PatchMeta, TemplateMeta
 from ksl_patch.patch.names import check_name
 from ksl_patch.store.hub import HubReference
 from ksl_patch.store.local import Store
-from ksl_patch.vllm.metrics import follow, metrics
 from ksl_patch.vllm.refusals import RefusalError
+from ksl_patch.vllm.server_metrics import follow, metrics
 from ksl_patch.vllm.settings import Settings
 from ksl_patch.vllm.sources import PatchFile, open_file
 

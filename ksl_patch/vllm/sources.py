@@ -1,4 +1,4 @@
-"""Where a server may take patches from: configured folders, the local store, allowed organisations of the Hub."""
+"""Loads the patch that a request names: from the server's folders, the local store, or the Hub."""
 
 from __future__ import annotations
 

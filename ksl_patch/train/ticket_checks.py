@@ -1,4 +1,4 @@
-"""What is said and refused of the rows that a ticket names; how tickets are made is ticket.py's."""
+"""Checks of rows named by hand, and warnings of rows that did not move; ticket.py chooses rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is as a sha256: its table, its other weights, its vocabulary, or all that decides its outputs."""
+"""sha256 digests of a model: its table, other weights, vocabulary, or all of it; a patch's is patch.py's."""
 
 from __future__ import annotations
 

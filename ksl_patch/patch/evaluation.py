@@ -1,4 +1,4 @@
-"""What a patch's metadata says of its effect: the form of an evaluation and of a certificate, read from any file.
+"""What a patch's file records of its effect, and the names of metrics and systems; computed in evidence/.
 
 How they are computed is evidence/'s, how they are said in words wording.py's.
 """

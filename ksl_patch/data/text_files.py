@@ -1,4 +1,4 @@
-"""Text files as the world keeps them: packed, in several encodings, with a byte order mark."""
+"""Text files of pairs: which endings are known, unpacking (.gz, .bz2, .xz, .zst), encodings."""
 
 from __future__ import annotations
 

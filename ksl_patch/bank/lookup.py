@@ -1,4 +1,4 @@
-"""What a reader of a bank sees: four device tensors and the lookup in them; and how a patch is written into them."""
+"""What a reader of a bank sees: four device tensors and the lookup in them; and how a patch is put into them."""
 
 from __future__ import annotations
 

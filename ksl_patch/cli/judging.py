@@ -24,7 +24,7 @@ from ksl_patch.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from ksl_patch.patch.evidence import Certificate, Evaluation
+    from ksl_patch.patch.evaluation import Certificate, Evaluation
 
     E = TypeVar("E", Evaluation, Certificate)
     from ksl_patch.data.encoding import Encoded
@@ -117,7 +117,7 @@ class Subject:
         Raises UsageError for those of another tool, where --force was not given.
         """
         from ksl_patch.errors import PatchError
-        from ksl_patch.patch.evidence import read
+        from ksl_patch.patch.evaluation import read
 
         name = kind.__name__.lower()
         if self.target is None or not self.own:
@@ -156,7 +156,7 @@ class Subject:
 
     def as_json(self, result: Evaluation | Certificate) -> str:
         """The result, what it is of and where it was written, as one JSON object."""
-        from ksl_patch.patch.evidence import write
+        from ksl_patch.patch.evaluation import write
 
         path = None if self.target is None else str(self.target)
         return json.dumps({"path": path, "digest": self.patch.digest, **write(result)})
