@@ -1,4 +1,5 @@
-# make test   install, lint, type-check, run every test    make fast   only the tests without the real model
+# make test   install, lint, type-check, run every test    make fast   those that take under two minutes    make slow   the
+#             others that need neither the real model nor vLLM nor a browser; ARGS="-k bank" chooses among either
 # make site   docs/ and the reference of every public name, in build/site
 # make browser   the tests of reports in Chromium (apt-get install chromium)
 # make stress   threads, tasks, streams and continuous batching on one model for a minute, every answer checked
@@ -15,6 +16,9 @@ DEMO ?= .demo
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
+# Two processes of one thread each; a file's tests, which share their models, stay together.
+PARALLEL ?= -n 2 --dist loadfile
+
 # vLLM's V2 runner on a CPU, and vLLM 0.33 there, which has no wheel for CPUs: its Python over 0.32's compiled parts.
 V2 := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 VLLM_ENABLE_V1_MULTIPROCESSING=0
 VLLM := KSL_PATCH_DEMO=$(abspath $(DEMO)) .venv-vllm/bin/python -m pytest
@@ -23,9 +27,9 @@ NEXT := KSL_PATCH_DEMO=$(abspath $(DEMO)) VLLM_TARGET_DEVICE=cpu .venv-vllm-next
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: test lint site fast browser real vllm vllm-next matrix stress gpu demo model study bench clean
+.PHONY: test lint site fast slow browser real vllm vllm-next matrix stress gpu demo model study bench clean
 
-test: lint site fast browser real vllm
+test: lint site fast slow browser real vllm
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -37,7 +41,10 @@ site: .venv/dev
 	$(BIN)/mkdocs build --strict --quiet
 
 fast: .venv/dev
-	$(BIN)/python -m pytest -m "not real and not vllm and not browser" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not real and not vllm and not browser" $(ARGS)
+
+slow: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "slow and not real and not vllm and not browser" $(ARGS)
 
 browser: .venv/dev
 	$(BIN)/python -m pytest -m browser

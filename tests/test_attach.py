@@ -351,6 +351,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, handle, plain):
     assert torch.equal(*gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["input", "input+output"])
 def test_a_compiled_model_is_compiled_once(side):
     model = tiny_llama()
@@ -388,6 +389,7 @@ def test_a_compiled_model_is_compiled_once(side):
         assert (handle._choosing.static.slots == 0).all()
 
 
+@pytest.mark.slow
 def test_a_tensor_parallel_plan_on_two_ranks(model, base_folder, tmp_path):
     base = load_base(str(base_folder))[0]
     patch = some_patch(base, 1, IDS)

@@ -360,6 +360,7 @@ def test_a_head_on_another_device_gets_its_rows_from_the_bank_s():
             hidden @ tensors.rows[:D].mT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("k", "d", "dtype"),
     [

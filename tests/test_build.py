@@ -41,6 +41,7 @@ class Recorder(SilentReporter):
         self.begun.append(stage)
 
 
+@pytest.mark.slow
 def test_a_build_gives_a_patch_of_the_rows_that_the_test_selected(config, tmp_path):
     reporter = Recorder()
     made = Build(config, tmp_path, reporter)
@@ -71,6 +72,7 @@ def test_a_build_gives_a_patch_of_the_rows_that_the_test_selected(config, tmp_pa
     assert patch.meta.training.lr == pytest.approx(0.3 * float(before.std()))
 
 
+@pytest.mark.slow
 def test_another_alpha_or_mode_uses_the_same_embedding_tuning(config, tmp_path):
     build(config, tmp_path)
     reporter = Recorder()
@@ -87,6 +89,7 @@ def test_another_alpha_or_mode_uses_the_same_embedding_tuning(config, tmp_path):
     assert transferred.meta.training.steps == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", ["frequency", "random", "l2"])
 def test_controls_build_too(config, tmp_path, selection):
     reporter = Recorder()
@@ -106,6 +109,7 @@ def test_the_output_side_trains_the_tied_head_too(config, tmp_path):
     assert patch.meta.evaluation["loss_patch"] < patch.meta.evaluation["loss_base"] - 0.1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_built_is_refused(config, tmp_path, pairs_file):
     for changes, message in [
         ({"embed_lr": 1e-4}, "the ticket is empty: no row has p < 0.05"),
@@ -150,6 +154,7 @@ def events_until(process, stop):
     return events
 
 
+@pytest.mark.slow
 def test_a_build_killed_in_each_stage_continues_to_the_same_bytes(base_folder, pairs_file, tmp_path):
     whole = start(command(base_folder, pairs_file, tmp_path / "whole.safetensors"))
     broken = command(base_folder, pairs_file, tmp_path / "broken.safetensors")

@@ -262,6 +262,7 @@ def test_a_static_choice_is_as_wide_as_the_call_and_as_before_after_it(model, st
     assert torch.equal(model(PROMPTS).logits, logits[None])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_wrong_batch_is_refused_in_compiled_code_too(patches, strict):
@@ -291,6 +292,7 @@ def test_a_wrong_batch_is_refused_in_compiled_code_too(patches, strict):
         check("a", ["a", "a"])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["model", "forward", "in place", "static cache"])
 def test_compiled_without_max_batch_a_thread_still_has_its_own_choice(patches, how):
@@ -466,6 +468,7 @@ def test_gemma_in_another_precision_needs_to_be_attached_again():
         assert torch.equal(model(PROMPTS).logits, plain["a"](PROMPTS).logits)
 
 
+@pytest.mark.slow
 def test_eight_threads_and_a_loop_of_tasks_for_a_moment():
     """The short form of `make stress`."""
     from stress import stress
@@ -490,6 +493,7 @@ def _assert(condition):
 # Found by readers who looked for wrong answers
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("first", ["itself", "another model"])
 @pytest.mark.parametrize("options", [{}, {"max_batch": 4, "capacity": 400}])

@@ -40,6 +40,7 @@ def patch_file(base_folder, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_nothing_heavy():
     code = (
         "import sys, ksl_patch, ksl_patch.cli; "
@@ -86,6 +87,7 @@ def test_inspect_shows_the_rows_as_text(patch_file):
     assert [row["change_norm"] for row in shown["rows"]] == pytest.approx(change)
 
 
+@pytest.mark.slow
 def test_verify_exits_with_0_or_with_1_and_the_reason(patch_file, base_folder, tmp_path):
     assert run("verify", patch_file)[0] == 0
     code, out, _ = run("verify", patch_file, "--base", base_folder, "--json")
@@ -103,6 +105,7 @@ def test_verify_exits_with_0_or_with_1_and_the_reason(patch_file, base_folder, t
     assert "not a valid safetensors file" in json.loads(out)["reason"]
 
 
+@pytest.mark.slow
 def test_generate_runs_a_mixed_batch(patch_file, base_folder):
     code, out, err = run(
         "generate", "--base", base_folder, "--patch", "base", "--patch", patch_file, "--prompt", "The cat",
@@ -122,6 +125,7 @@ def test_generate_runs_a_mixed_batch(patch_file, base_folder):
     assert out.startswith(f"[{patch_file}] The cat\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

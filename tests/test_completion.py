@@ -83,6 +83,7 @@ def test_a_file_whose_name_is_no_plain_word_is_not_offered(tmp_path, monkeypatch
     assert [item.value for item in found] == ["swahili", "swahili.safetensors"]
 
 
+@pytest.mark.slow
 def test_tab(shell):
     from pexpect import TIMEOUT
 

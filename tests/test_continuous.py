@@ -48,6 +48,7 @@ def served(request, model):
     assert not {"generate_batch", "ksl_patch"} & vars(model).keys()
 
 
+@pytest.mark.slow
 def test_a_request_that_is_offloaded_goes_on_with_its_patch(model, served):
     handle, plain = served
     prompts = [[i, 9, 300, 17, 40, i] * 5 for i in range(5, 11)]
@@ -98,6 +99,7 @@ def test_a_request_may_have_any_name(model, served):
     assert found == {request_id: alone(plain[choice], LONG) for request_id, choice in names.items()}
 
 
+@pytest.mark.slow
 def test_a_persistent_manager_serves_again_and_goes_with_the_handle(model, served):
     handle, plain = served
     for choices in (["a", None], ["b", "a"]):
@@ -118,6 +120,7 @@ def test_a_persistent_manager_serves_again_and_goes_with_the_handle(model, serve
         unstarted.add_request(LONG)
 
 
+@pytest.mark.slow
 def test_a_patch_in_one_call(model, served):
     _, plain = served
     found = model.generate_batch([LONG, LONG], GENERATION, continuous_batching_config=batching(), patch=["b", None])
@@ -241,6 +244,7 @@ def test_graphs_captured_before_a_load_never_read_the_old_bank(model, graphs, si
         assert EmulatedGraph.replays > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup", [True, False])
 def test_a_processor_is_followed_once(model, served, warmup):
     handle, plain = served
@@ -258,6 +262,7 @@ def test_a_processor_is_followed_once(model, served, warmup):
     assert runner.compute_batch.args[0].__func__ is ModelRunner.compute_batch
 
 
+@pytest.mark.slow
 def test_no_request_keeps_a_model_from_being_detached_once_nobody_can_get_its_answer(model, patch_of):
     for failing in ("never started", "full queue", "no room for a cache", "twice the same name", "cancelled"):
         with attach(model) as handle:
@@ -345,6 +350,7 @@ def test_what_goes_wrong_with_a_request_is_not_only_logged(model, served, monkey
         model.generate_batch([LONG], GENERATION, continuous_batching_config=batching())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_other_forward_passes_are_refused_beside_a_manager_which_would_make_them_wrong(model, served):
     handle, plain = served
@@ -464,6 +470,7 @@ def test_what_the_garbage_collector_ends_while_the_bank_is_at_work(model, kind, 
     assert len(bank) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup", [True, False])
 def test_a_head_that_is_unloaded_or_replaced_while_it_is_held(graphs, warmup):
     model = tiny_llama()
@@ -526,6 +533,7 @@ def test_a_merged_patch_is_everybody_s_in_continuous_batching_too(model, served)
     assert tokens(found) == [alone(plain["a"], LONG), alone(plain["a"], [5, 9])]
 
 
+@pytest.mark.slow
 def test_a_second_manager_does_not_run_beside_a_first(model, served):
     handle, plain = served
     first, second = (
@@ -585,6 +593,7 @@ def test_a_slot_that_became_another_s_before_the_request_held_it(model, served, 
     assert not handle._choosing.requests
 
 
+@pytest.mark.slow
 def test_entries_of_a_list_go_to_no_other_request(model, served):
     handle, plain = served
     manager = model.init_continuous_batching(generation_config=GENERATION, continuous_batching_config=batching())

@@ -159,6 +159,7 @@ def test_a_random_change_has_the_patch_s_norms_and_another_direction(built):
     assert not torch.equal(noise.rows, noise_patch(patch, 1).rows)
 
 
+@pytest.mark.slow
 def test_controls_have_the_patch_s_size_and_seeds_share_the_held_out_pairs(built):
     build, patch, _ = built
     systems = make_systems(patch, build, seeds=2)
@@ -175,6 +176,7 @@ def test_controls_have_the_patch_s_size_and_seeds_share_the_held_out_pairs(built
         make_systems(patch, None, seeds=2)
 
 
+@pytest.mark.slow
 def test_eval_writes_its_figures_into_the_patch(built):
     build, patch, path = built
     code, out, err = run_cli("eval", path, "--max-new-tokens", "12", "--seeds", "2", "--json")

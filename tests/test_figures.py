@@ -142,6 +142,7 @@ def test_a_tokenizer_that_cuts_joins_or_ends_otherwise_names_another_model(token
     assert model_digest(model, tokenizer) != digest
 
 
+@pytest.mark.slow
 def test_a_base_with_an_adapter_has_one_name_in_every_process(base_folder, tmp_path):
     import peft
 
@@ -182,6 +183,7 @@ def test_every_row_of_the_table_and_the_configuration_name_a_model(tokenizer):
     assert model_digest(model, tokenizer) != digest
 
 
+@pytest.mark.slow
 def test_a_fine_tune_with_the_same_embedding_gets_its_own_training_and_outputs(config, base_folder, tmp_path):
     run, tuned = tmp_path / "run", finetuned(base_folder, tmp_path / "tuned")
     patch = Build(config, run, SilentReporter()).patch()
@@ -219,6 +221,7 @@ def test_a_fine_tune_with_the_same_embedding_gets_its_own_training_and_outputs(c
     assert said == ["Warning: es was made for another "]
 
 
+@pytest.mark.slow
 def test_the_patch_alone_is_measured_on_another_base_where_that_is_asked_for(config, base_folder, tmp_path):
     path, tuned = tmp_path / "es.safetensors", finetuned(base_folder, tmp_path / "tuned")
     Build(config, tmp_path / "es.safetensors.run", SilentReporter()).patch().save(path)
@@ -236,6 +239,7 @@ def test_the_patch_alone_is_measured_on_another_base_where_that_is_asked_for(con
 # Who trained it, on what
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_processes_are_two_and_are_recorded(base_folder, pairs_file, tmp_path):
     output = tmp_path / "ddp.safetensors"
@@ -265,6 +269,7 @@ def test_two_processes_are_two_and_are_recorded(base_folder, pairs_file, tmp_pat
     assert torch.allclose(alone.embedding()[1], reopened.embedding()[1], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_was_read_is_counted_and_only_that_is_trained(config, tmp_path):
     short = dataclasses.replace(config, embed_steps=3, steps=2, batch_size=1, accumulate=2)
     made = Build(short, tmp_path, SilentReporter())
@@ -302,6 +307,7 @@ def test_an_order_is_a_shorter_one_s_continuation_and_passes_take_every_pair_onc
     assert reading_order(10, 0, seed=3) == []
 
 
+@pytest.mark.slow
 def test_the_optimiser_s_settings_are_recorded_and_damping_is_an_option(config, tmp_path):
     patches = {}
     for damp in (True, False):
@@ -323,6 +329,7 @@ def test_the_optimiser_s_settings_are_recorded_and_damping_is_an_option(config, 
     assert "--damp-rare" in run_cli("build", "--help")[1]
 
 
+@pytest.mark.slow
 def test_stages_of_another_kind_of_machine_are_found_by_a_build_that_is_opened_again(
     config, base_folder, tmp_path, monkeypatch
 ):
@@ -348,6 +355,7 @@ def test_stages_of_another_kind_of_machine_are_found_by_a_build_that_is_opened_a
     assert not any(event == "left_out" for event, _, _ in reporter.notes)
 
 
+@pytest.mark.slow
 def test_a_tuned_embedding_that_is_missing_is_left_out_for_every_seed_with_the_true_reason(config, tmp_path):
     frequent = dataclasses.replace(config, selection="frequency")
     patch = Build(frequent, tmp_path, SilentReporter()).patch()
@@ -400,6 +408,7 @@ def test_a_split_moves_no_more_than_the_pair_that_came():
     assert twice.duplicates == 2
 
 
+@pytest.mark.slow
 def test_a_patch_is_opened_again_with_the_stage_that_it_came_from(config, base_folder, tmp_path, monkeypatch):
     """One run folder, the same build on two kinds of machine: each patch has its own tuned embedding."""
     base = tmp_path / "half"
@@ -416,6 +425,7 @@ def test_a_patch_is_opened_again_with_the_stage_that_it_came_from(config, base_f
         assert torch.equal(reopen(patch, tmp_path / "run").embedding_patch().rows, tuned.rows)
 
 
+@pytest.mark.slow
 def test_a_run_folder_keeps_one_split_for_a_patch_and_one_template_for_a_chat(config, base_folder, tmp_path, chatting):
     run = tmp_path / "run"
     patch = Build(config, run, SilentReporter()).patch()
@@ -456,6 +466,7 @@ def test_a_run_folder_keeps_one_split_for_a_patch_and_one_template_for_a_chat(co
         reopen(plain, run, base=str(other))
 
 
+@pytest.mark.slow
 def test_a_damaged_run_folder_is_said_in_a_sentence(config, tmp_path):
     patch = Build(config, tmp_path, SilentReporter()).patch()
     [record] = tmp_path.glob("patch-*.json")
@@ -550,6 +561,7 @@ def test_a_sketch_of_many_sources_is_small_and_finds_an_overlap():
     assert seen(sketch(pairs[:1000]), pairs) == (1000, True)
 
 
+@pytest.mark.slow
 def test_choices_are_made_on_dev_pairs_and_figures_count_their_uses(config, tmp_path):
     path = tmp_path / "es.safetensors"
     made = Build(config, tmp_path / "es.safetensors.run", SilentReporter())
@@ -583,6 +595,7 @@ def test_choices_are_made_on_dev_pairs_and_figures_count_their_uses(config, tmp_
     assert "the bounds do not hold" in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_a_smaller_evaluation_does_not_replace_a_larger_one(config, tmp_path):
     path = tmp_path / "es.safetensors"
     Build(config, tmp_path / "es.safetensors.run", SilentReporter()).patch().save(path)
@@ -609,6 +622,7 @@ def test_a_smaller_evaluation_does_not_replace_a_larger_one(config, tmp_path):
     assert run_cli("certify", path, *short, "--limit", "3")[0] == 2
 
 
+@pytest.mark.slow
 def test_the_patch_s_lead_is_read_from_a_file_as_it_was_printed(config, tmp_path):
     path = tmp_path / "es.safetensors"
     Build(config, tmp_path / "es.safetensors.run", SilentReporter()).patch().save(path)
@@ -626,6 +640,7 @@ def test_the_patch_s_lead_is_read_from_a_file_as_it_was_printed(config, tmp_path
     assert "on 16 held-out pairs" in make_card(patch, "me/it", "es", None, base_model="a/b").replace("On 16", "on 16")
 
 
+@pytest.mark.slow
 def test_a_build_s_loss_is_of_dev_pairs_wherever_it_is_shown(config, tmp_path):
     from ksl_patch.report.page import make_report
 
@@ -643,6 +658,7 @@ def test_a_build_s_loss_is_of_dev_pairs_wherever_it_is_shown(config, tmp_path):
     assert "under different prompts" not in make_report([patch, patch], [None, None])
 
 
+@pytest.mark.slow
 def test_figures_fit_into_80_columns_and_lose_no_digit(config, tmp_path):
     path = tmp_path / "es.safetensors"
     Build(config, tmp_path / "es.safetensors.run", SilentReporter()).patch().save(path)
@@ -664,6 +680,7 @@ def test_figures_fit_into_80_columns_and_lose_no_digit(config, tmp_path):
 # Which text
 
 
+@pytest.mark.slow
 def test_bleu_has_the_words_of_its_language():
     chinese = ["我们今天去学校学习新的语言。", "他昨天在图书馆读了一本书。"]
     near = ["我们今天去学校学习新语言。", "他昨天在图书馆读了一本书。"]
@@ -706,6 +723,7 @@ def test_a_right_answer_of_several_lines_is_right_on_its_first_line():
     assert figures["bleu_first_line"].value == pytest.approx(100)
 
 
+@pytest.mark.slow
 def test_the_limit_on_new_tokens_comes_from_the_references(config, tmp_path):
     path = tmp_path / "es.safetensors"
     made = Build(config, tmp_path / "es.safetensors.run", SilentReporter())
@@ -825,6 +843,7 @@ def test_one_source_in_two_contexts_is_two_pairs_on_one_side():
         assert sum(any(pair.group == "x" for pair in part) for part in (split.train, split.dev, split.held_out)) <= 1
 
 
+@pytest.mark.slow
 def test_a_system_prompt_and_other_columns_reach_the_prompt(chatting, tokenizer, config, tmp_path):
     template = make_template(
         "chat", source_language="en", language="es", tokenizer=chatting, system="You know about {topic}."
@@ -878,6 +897,7 @@ def test_a_system_prompt_and_other_columns_reach_the_prompt(chatting, tokenizer,
 # Where rows act, and which they are
 
 
+@pytest.mark.slow
 def test_scope_prompt_trains_what_it_serves(config, tmp_path):
     made = Build(dataclasses.replace(config, scope="prompt"), tmp_path, SilentReporter())
     prompts = set().union(*(set(e.prompt) for e in made.read_in(20)))
@@ -908,6 +928,7 @@ def test_scope_prompt_trains_what_it_serves(config, tmp_path):
         Build(dataclasses.replace(config, scope="prompt", side="input+output"), tmp_path, SilentReporter())
 
 
+@pytest.mark.slow
 def test_rows_are_named_by_hand(base_folder, pairs_file, tokenizer, tmp_path):
     assert given_ticket(["<s>", "\n", 42], tokenizer, 400).token_ids.tolist() == sorted(
         [0, tokenizer("\n").input_ids[0], 42]

@@ -306,6 +306,7 @@ def config(base_folder, pairs_file):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_best_single_row_is_the_best_of_all_builds_of_one_row(config, tmp_path, tokenizer):
     run, reporter = tmp_path / "run", Recorder()
     made = Build(config, run, reporter)
@@ -332,6 +333,7 @@ def test_the_best_single_row_is_the_best_of_all_builds_of_one_row(config, tmp_pa
     assert again.begun == []
 
 
+@pytest.mark.slow
 def test_two_selections_of_the_same_row_are_two(config, tmp_path):
     """Their patches share a digest, and so their record; each is reopened with its own selection."""
     single = Build(config, tmp_path, SilentReporter()).patch()
@@ -343,6 +345,7 @@ def test_two_selections_of_the_same_row_are_two(config, tmp_path):
     assert reopen(given, tmp_path).config.rows == rows
 
 
+@pytest.mark.slow
 def test_of_equal_rows_the_first_is_taken(config, tmp_path, monkeypatch):
     made = Build(config, tmp_path, SilentReporter())
     monkeypatch.setattr(made, "patched_loss", lambda patch: 2.0)
@@ -373,6 +376,7 @@ def test_what_has_no_best_single_row_says_why(config, tmp_path, changes, message
         Build(dataclasses.replace(config, **changes), tmp_path, SilentReporter()).patch()
 
 
+@pytest.mark.slow
 def test_the_best_single_row_is_a_control_by_name(config, tmp_path):
     path = tmp_path / "es.safetensors"
     several = dataclasses.replace(config, selection="frequency", top_k=4)

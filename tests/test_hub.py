@@ -212,6 +212,7 @@ def test_a_cut_download_continues(hub, published, file, monkeypatch):
     assert [range_ for path, range_ in downloads(hub) if path.endswith("es.safetensors")] == [None, "bytes=100-"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["/tree/", "/resolve/"])
 def test_a_busy_hub_is_asked_again_when_it_says(hub, published, file, part):
     hub.once("GET", part, "status", 429, {"Retry-After": "0"}, "Too many requests", times=2)
@@ -285,6 +286,7 @@ def test_a_lock_holds_the_commit(hub, published, tmp_path, model):
     assert check_locked(config).patches == {"es": f"hf://org/es@{first.revision}/es.safetensors"}
 
 
+@pytest.mark.slow
 def test_as_a_user(hub, published, tmp_path, file):
     """In a process of its own, with the environment alone."""
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}

@@ -44,6 +44,7 @@ def check_against_scipy(before: torch.Tensor, after: torch.Tensor, result) -> No
         assert result.pvalue[row] == pytest.approx(pvalue, rel=1e-10, abs=0)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), d=st.integers(1, 70), rows=st.integers(1, 4), dtype=st.sampled_from(DTYPES))
 def test_equals_scipy_on_any_values_with_ties(data, d, rows, dtype):
@@ -57,6 +58,7 @@ def test_equals_scipy_on_any_values_with_ties(data, d, rows, dtype):
     check_against_scipy(before, after, result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [1, 2, 3, 7, 576, 4096, 10001, 16384])
 def test_equals_scipy_at_real_sizes(d, dtype):

@@ -148,6 +148,7 @@ def cell(kind, mode, monkeypatch):
         return "refused"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_table_of_what_is_exact_and_what_is_refused():
     lines = [f"| | {' | '.join(MODES)} |", f"|---|{'---|' * len(MODES)}"]

@@ -71,6 +71,7 @@ def test_the_store_keeps_what_was_measured_whichever_came_first(home, model):
         assert store.get(entry.digest).meta.evaluation == {"pairs": 4}
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_gives_an_answer_a_line(home, base_folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
     template = TemplateMeta(text="Say: {source} Now:", chat=False)
@@ -114,6 +115,7 @@ def test_the_base_may_be_the_patch_s_own(home, base_folder, monkeypatch):
     assert f"name the base with --base: the patches say {base_folder.name}" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
 def test_an_interrupt_keeps_the_step_it_is_in(home, base_folder, pairs_file, interrupt):
     command = [sys.executable, "-m", "ksl_patch", "build", "--base", base_folder, "--pairs", pairs_file, "--language"]
@@ -175,6 +177,7 @@ def test_a_folder_does_not_hide_a_name_of_the_store(home, model, monkeypatch):
     assert out == f"sv: {patch.digest}, the name inside {home / 'a.safetensors'}\n"
 
 
+@pytest.mark.slow
 def test_two_builds_to_one_file_do_not_overwrite(home, base_folder, pairs_file, monkeypatch):
     from ksl_patch.train import build as module
 
@@ -195,6 +198,7 @@ def test_two_builds_to_one_file_do_not_overwrite(home, base_folder, pairs_file, 
     assert run_cli(*command, "--force")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_patch_says_when_it_was_made_and_the_same_build_says_the_same(home, base_folder, pairs_file, monkeypatch):
     command = ["build", "--base", base_folder, "--pairs", pairs_file, "--language", "es", "--resume", home / "run"]
     command += ["--embed-steps", 2, "--steps", 2, "--dev", 8, "--held-out", 8]
@@ -213,6 +217,7 @@ def test_a_patch_says_when_it_was_made_and_the_same_build_says_the_same(home, ba
     assert Patch.load(home / "es.safetensors").meta.created[:10] == "1970-01-10"
 
 
+@pytest.mark.slow
 def test_max_pairs_counts_what_is_trained_on(home, base_folder):
     long = "word " * 200
     lines = [{"source": f"The cat {i} {long if i % 2 else ''}", "target": f"El gato {i}"} for i in range(120)]
@@ -228,6 +233,7 @@ def test_max_pairs_counts_what_is_trained_on(home, base_folder):
     assert run_cli("eval", home / "es.safetensors", "--controls", "none", "--max-new-tokens", 2)[0] == 0
 
 
+@pytest.mark.slow
 def test_the_base_has_an_id_of_the_hub_where_one_is_given(home, base_folder, pairs_file):
     folder = home / "mine"
     shutil.copytree(base_folder, folder)
@@ -250,6 +256,7 @@ def test_the_base_has_an_id_of_the_hub_where_one_is_given(home, base_folder, pai
         assert "is not a model's id on the Hub" in err
 
 
+@pytest.mark.slow
 def test_a_ticket_outside_the_template_is_said(home, base_folder, pairs_file):
     command = ["build", "--base", base_folder, "--pairs", pairs_file, "--language", "es", "--force"]
     command += ["--embed-steps", 2, "--steps", 2, "--dev", 8, "--held-out", 8, "-o", home / "es.safetensors"]
@@ -258,6 +265,7 @@ def test_a_ticket_outside_the_template_is_said(home, base_folder, pairs_file):
     assert said not in run_cli(*command, "--rows", "\\n")[2]
 
 
+@pytest.mark.slow
 def test_nohup_is_respected(home, base_folder, pairs_file):
     command = [sys.executable, "-m", "ksl_patch", "build", "--base", base_folder, "--pairs", pairs_file, "--language"]
     command += ["es", "-o", home / "es.safetensors", "--top-k", 3, "--embed-steps", 40, "--steps", 2, "--json"]

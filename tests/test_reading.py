@@ -348,6 +348,7 @@ def test_chats_are_pairs_of_their_turns(tmp_path):
 BUILD = ["--language", "es", "--embed-steps", 2, "--steps", 2, "--top-k", 3, "--dev", 8, "--held-out", 8, "--json"]
 
 
+@pytest.mark.slow
 def test_a_build_from_chats_has_the_chat_template_without_words_of_its_own(tmp_path, base_folder, tokenizer):
     import copy
 
@@ -415,6 +416,7 @@ def test_pairs_behind_a_link_are_found_again(tmp_path, base_folder):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_a_build_says_that_the_targets_look_like_another_language(tmp_path, base_folder, pairs_file):
     command = ["build", "--base", base_folder, "--pairs", pairs_file, "-o", tmp_path / "p.safetensors", *BUILD]
     for language, said in (("de", True), ("es", False)):

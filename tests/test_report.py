@@ -106,6 +106,7 @@ class Text(html.parser.HTMLParser):
             self.text += data
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_patch_is_and_what_was_measured(model):
     patch = make(model, licence="CC-BY-4.0")
     found = Text(make_report([patch], [all_rows()]))
@@ -127,6 +128,7 @@ def test_the_page_says_what_the_patch_is_and_what_was_measured(model):
     assert make_report([patch], [all_rows()]) == make_report([patch], [all_rows()])
 
 
+@pytest.mark.slow
 def test_hostile_text_stays_text_and_nothing_is_fetched(model):
     patch = make(
         model,
@@ -178,6 +180,7 @@ def test_any_token_and_any_finite_row_can_be_drawn(model):
     assert "Values of the row of" in page
 
 
+@pytest.mark.slow
 def test_several_patches_are_compared_first(model):
     patches = [make(model, name, seed) for seed, name in enumerate(("es", "fr", "id"))]
     page = make_report(patches, [None, all_rows(), None])
@@ -189,6 +192,7 @@ def test_several_patches_are_compared_first(model):
     assert "measured on different pairs" in make_report([patches[0], other], [None, None])
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_the_page_from_the_patch_and_its_run(base_folder, pairs_file, tmp_path):
     path, page = tmp_path / "es.safetensors", tmp_path / "report.html"
     code, _, err = run_cli(

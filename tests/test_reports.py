@@ -473,6 +473,7 @@ def test_storage_without_modes_or_sync_of_folders_holds_what_was_written(tmp_pat
     assert [each.name for each in tmp_path.iterdir()] == ["p.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_container_without_a_home_or_a_cache(patch_file, base_folder):
     """Nothing can be made under /proc, not even by root."""
     homes = ["HOME", "XDG_CACHE_HOME", "HF_HOME", "MPLCONFIGDIR", "TORCH_HOME", "NUMBA_CACHE_DIR"]

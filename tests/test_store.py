@@ -121,6 +121,7 @@ def add_many(root, seeds):
         Store(root).add(some_patch(model, seed), "shared")
 
 
+@pytest.mark.slow
 def test_several_processes_write_at_once(model, home):
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=add_many, args=(home, range(n, n + 12))) for n in (0, 4, 8)]
@@ -144,6 +145,7 @@ def add_forever(root):
         seed += 1
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_store_that_can_be_read(home):
     context = multiprocessing.get_context("spawn")
     for turn in range(4):

@@ -54,6 +54,7 @@ def in_terminal(folder, *arguments, columns=80, answer=None):
     return text, child.exitstatus
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["inspect", "list", "diff", "doctor", "eval", "certify"])
 def test_every_table_is_whole_in_80_columns(made, base_folder, command):
     arguments = {
@@ -135,6 +136,7 @@ def test_an_error_is_json_where_json_is_asked_for(arguments, code, sentence):
     assert sentence in error["error"]
 
 
+@pytest.mark.slow
 def test_every_phase_has_a_line_where_there_is_no_terminal(made, base_folder, pairs_file, tmp_path):
     output = tmp_path / "a.safetensors"
     command = ["build", "--base", base_folder, "--pairs", pairs_file, "--language", "es", "-o", output]
@@ -158,6 +160,7 @@ def test_every_phase_has_a_line_where_there_is_no_terminal(made, base_folder, pa
     assert {"loading", "reused", "ticket", "weak_rows", "dev", "patch"} <= {event["event"] for event in events}
 
 
+@pytest.mark.slow
 def test_a_surprising_language_is_asked_about_where_somebody_can_answer(made, base_folder, tmp_path):
     english = [{"source": source, "target": f"The {source} is what they said again."} for source, _ in PAIRS]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in english))

@@ -123,6 +123,7 @@ def test_a_step_makes_no_tensor_of_the_tables_size(examples):
     assert 0 < Largest.largest < table.numel()
 
 
+@pytest.mark.slow
 def test_the_same_pairs_give_the_same_rows_and_another_order_gives_others(model, examples, tmp_path):
     first = tune(model, examples, tmp_path / "a")
     assert torch.equal(first, tune(model, examples, tmp_path / "b"))
