@@ -204,7 +204,7 @@ class Stress:
         self.together(jobs, lambda: asyncio.run(self.tasks()))
         self.together([self.change], self.continuous)
         gc.collect()
-        left = sum(slot.holds for slot in self.handle.bank._slots.values()) + len(self.handle._choosing.requests)
+        left = sum(slot.holds for slot in self.handle.bank._slots.values()) + len(self.handle._blocks.requests)
         self.handle.detach()
         left += len(self.handle.bank) + len(self.handle.bank.tensors.rows) - len(self.handle.bank._storage.free_rows)
         return {**self.counts, "wrong": len(self.failures), "left": left, "first failures": self.failures[:5]}

@@ -19,7 +19,7 @@ from test_hf import overwritten, some_patch
 from ksl_patch import Patch, attach, find_embedding, identify
 from ksl_patch.errors import BankError, BaseMismatchError, KslPatchError, PatchError, RunError
 from ksl_patch.hf import load_base
-from ksl_patch.hf.attached import table_state
+from ksl_patch.hf.patched_model import table_state
 
 IDS = list(range(2, 372, 3))
 PROMPTS = torch.tensor([[5, 9, 300, 17, 40], [17, 17, 5, 251, 9]])
@@ -386,7 +386,7 @@ def test_a_compiled_model_is_compiled_once(side):
             beams = model.generate(PROMPTS, num_beams=2, **GREEDY).tolist()
         for row, choice in enumerate(["a", None]):
             assert beams[row] == plain[choice].generate(PROMPTS, num_beams=2, **GREEDY).tolist()[row]
-        assert (handle._choosing.static.slots == 0).all()
+        assert (handle._blocks.static.slots == 0).all()
 
 
 @pytest.mark.slow
@@ -541,7 +541,7 @@ def test_a_table_that_is_written_to_after_attach_is_refused(model, handle, plain
         change()
         with pytest.raises(RunError, match="table was changed after `attach`"), handle.using("a"):
             pass
-        handle._attached._state = table_state(model.lm_head.weight)  # as if attached anew
+        handle._patched._state = table_state(model.lm_head.weight)  # as if attached anew
 
 
 @torch.no_grad()
@@ -719,3 +719,15 @@ def test_mistakes_are_told_before_anything_is_computed(model, handle, patches, t
     handle.unload("again")
     assert handle.load(file) == Patch.load(file).meta.name
     assert handle.meta("p1").side == "input"
+
+
+def test_a_bank_s_memory_goes_with_its_handle(model):
+    gc.disable()
+    try:
+        handle = attach(model)
+        rows = weakref.ref(handle.bank.tensors.rows)
+        handle.detach()
+        del handle
+        assert rows() is None
+    finally:
+        gc.enable()

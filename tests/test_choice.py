@@ -133,7 +133,7 @@ def test_a_generator_whose_steps_run_in_copied_contexts(model, handle, plain):
         assert next(steps(model, PROMPTS, 1)) == expected[None][0], "between its steps nothing is chosen"
     assert next(first) == expected["a"][1]
     first.close()
-    assert not handle._choosing.blocks
+    assert not handle._blocks.open
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def test_a_bound_task(model, handle, answers):
 
     assert asyncio.run(main()) == [answers["a"], answers["b"], answers["a"]]
     assert asyncio.run(collected("a")) == [answers["a"]] * 2
-    assert not handle._choosing.blocks
+    assert not handle._blocks.open
 
 
 def test_strict_answers_nobody_who_did_not_choose(model, patches, answers):
@@ -212,7 +212,7 @@ def test_a_task_that_outlives_its_block_is_refused(model, handle, answers):
 def test_a_forward_pass_that_ends_after_its_block_is_refused(model, handle):
     block = handle.using("a")
     block.__enter__()
-    hook = model.model.layers[0].register_forward_hook(lambda *_: handle._choosing.current.get().block.close())
+    hook = model.model.layers[0].register_forward_hook(lambda *_: handle._blocks.current.get().block.close())
     try:
         with pytest.raises(RunError, match=ENDED):
             model(PROMPTS)
@@ -729,3 +729,17 @@ def test_a_compiled_module_is_the_model_in_it(model, patches, answers):
             assert compiled.generate(PROMPTS, **GREEDY).tolist() == answers["a"]
         with pytest.raises(RunError, match="attached to this model already"):
             attach(model)
+
+
+@torch.no_grad()
+def test_a_mark_is_of_the_block_that_it_is_entered_in(model, handle, plain):
+    ids = torch.tensor([IDS[:4]])
+    mark = torch.ones_like(ids, dtype=torch.bool)
+    with handle.using("a"):
+        marking = handle.marking(mark)
+        with handle.using("b"), marking:
+            found = model(ids).logits
+    with handle.using("b"):
+        assert torch.equal(found, model(ids).logits)
+    with handle.using("a"):
+        assert not torch.equal(found, model(ids).logits)

@@ -176,14 +176,14 @@ class EmulatedGraph:
 
     def __init__(self, handle, forward, *args):
         self.handle, self.tensors, self.run = handle, handle.bank.tensors, lambda: forward(*args)
-        self.choice = handle._choosing.current.get()
+        self.choice = handle._blocks.current.get()
 
     def replay(self):
         EmulatedGraph.replays += 1
         storage = self.handle.bank._storage
         now, storage.tensors = storage.tensors, self.tensors
         try:
-            with self.handle._choosing.chosen(self.choice):
+            with self.handle._blocks.choosing(self.choice):
                 self.run()
         finally:
             storage.tensors = now
@@ -346,7 +346,7 @@ def test_what_goes_wrong_with_a_request_is_not_only_logged(model, served, monkey
     with handle.using(["a", "b"]), pytest.raises(RunError, match="2 patches were chosen for 5 prompts"):
         model.generate_batch([LONG] * 5, GENERATION, continuous_batching_config=batching())
     monkeypatch.setattr(handle.bank, "hold", lambda *_: (_ for _ in ()).throw(RunError("no room")))
-    with handle._choosing.chosen(handle._choosing.choice_of([1], True)), pytest.raises(RunError, match="no room"):
+    with handle._blocks.choosing(handle._blocks.make_choice([1], True)), pytest.raises(RunError, match="no room"):
         model.generate_batch([LONG], GENERATION, continuous_batching_config=batching())
 
 
@@ -421,12 +421,12 @@ def test_ten_thousand_requests_wait_at_no_cost_to_those_that_run(patch_of):
         with handle.using("a"):
             for _ in range(10_000):
                 manager.add_request([5, 9], max_new_tokens=1)
-        assert len(handle._choosing.requests) == 10_000
+        assert len(handle._blocks.requests) == 10_000
         manager.start()
         for _ in range(50):
             assert manager.get_result(timeout=10).error is None
         manager.stop(hard_stop=True)
-        assert not handle._choosing.requests
+        assert not handle._blocks.requests
 
 
 # Found by readers who looked for wrong answers
@@ -462,7 +462,7 @@ def test_what_the_garbage_collector_ends_while_the_bank_is_at_work(model, kind, 
         handle.unload("a")
         handle.load(patches["c"], "c")
         handle.load(patches["d"], "d")
-        assert len({loaded.slot for loaded in handle._choosing.loaded.values()}) == 3
+        assert len({loaded.slot for loaded in handle._blocks.loaded.values()}) == 3
         for name in "bcd":
             with handle.using(name):
                 assert alone(model, LONG) == alone(plain[name], LONG)
@@ -590,7 +590,7 @@ def test_a_slot_that_became_another_s_before_the_request_held_it(model, served, 
     monkeypatch.setattr(handle.bank, "hold", late)
     with pytest.raises(RunError, match="the block that chose the patch has ended"):
         manager.add_request(LONG)
-    assert not handle._choosing.requests
+    assert not handle._blocks.requests
 
 
 @pytest.mark.slow

@@ -120,7 +120,7 @@ def test_peft_s_trained_tokens_are_read_as_rows(tmp_path, tied, kind):
     for parameter in deltas.values():
         parameter.data.normal_()
     model.save_pretrained(tmp_path)
-    assert peft.has_trainable_tokens(tmp_path)
+    assert peft.trains_tokens(tmp_path)
     found = peft.read_trainable_tokens(tmp_path, embedding="embed_tokens", tied=tied)
     assert found.token_ids.tolist() == [9, 5, 17]
     own = next(p for n, p in deltas.items() if "embed_tokens" in n)
@@ -134,7 +134,7 @@ def test_peft_s_trained_tokens_are_read_as_rows(tmp_path, tied, kind):
     if kind == "in lora":
         (tmp_path / "lora").mkdir()
         peft.split_lora(tmp_path, tmp_path / "lora")
-        assert not peft.has_trainable_tokens(tmp_path / "lora")
+        assert not peft.trains_tokens(tmp_path / "lora")
 
 
 def test_an_adapter_that_is_no_patch_is_refused(tmp_path):

@@ -49,7 +49,7 @@ def import_(
 
     if output.exists() and not force:
         raise PatchError(f"{output} exists: give another name, or --force to replace it.")
-    if not peft.has_trainable_tokens(adapter):
+    if not peft.names_tokens(peft.read_config(adapter)):
         raise PatchError(f"{adapter} has no trained tokens: a patch is made from PEFT's TrainableTokens.")
     check_base_model(base_model)
     if template in ("plain", "chat") and language is None:

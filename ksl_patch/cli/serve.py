@@ -17,9 +17,9 @@ from rich.table import Table
 from ksl_patch.cli.options import NAMED_REFERENCE, PATH_OR_ID, REFERENCE, json_option
 from ksl_patch.errors import BaseMismatchError, RunError
 from ksl_patch.terminal import PlainConsole
-from ksl_patch.vllm.flags import plugins, read_flags
+from ksl_patch.vllm.flags import check_flags, plugins, read_flags
 from ksl_patch.vllm.plugin import SUPPORTED
-from ksl_patch.vllm.settings import KEY, check_flags, read_settings
+from ksl_patch.vllm.settings import KEY, read_settings
 
 if TYPE_CHECKING:
     from ksl_patch.patch import Patch
@@ -238,9 +238,9 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
         # A path may have "=" in it too.
         if not found or Path(given).exists() or not (is_name(name) or Path(reference).exists()):
             name, reference = "", given
-        stored = stored_name(reference)
-        is_adapter = Path(reference).is_dir() and stored is None
-        if Path(reference).is_dir() and stored:
+        is_folder = Path(reference).is_dir()
+        is_adapter = is_folder and stored_name(reference) is None
+        if is_folder and not is_adapter:
             click.echo(f"{reference} is the store's patch of that name; ./{reference} is the folder.", err=True)
         if public is not None and is_adapter:
             raise RunError(f"{reference} is a folder, and only patch files can be signed.")
@@ -248,7 +248,7 @@ def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Pa
             ids = peft.read_trainable_tokens(Path(reference), tied=False).token_ids
             entry = (name or Path(reference).name, str(Path(reference).resolve()), None, 2 * len(ids))
         else:
-            file, patch, _ = resolve(reference)
+            file, patch, stored = resolve(reference)
             if public is not None:
                 patch = load_signed(file, public)
             count = len(patch.token_ids) * (1 if patch.output_rows is None else 2)

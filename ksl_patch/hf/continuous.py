@@ -1,7 +1,7 @@
 """transformers' continuous batching with patches: the model's `generate_batch`, and the managers that it makes.
 
 What follows the requests of one manager is in requests.py. Blocks of the KV cache are found by their tokens alone, and
-two patches must not share them: prefix sharing is switched off while patches are attached.
+two patches must not share them: prefix sharing is switched off while patches are patched.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from ksl_patch.bank import PatchBank
 from ksl_patch.errors import RunError
-from ksl_patch.hf.attached import AttachedModel
+from ksl_patch.hf.blocks import Blocks
 from ksl_patch.hf.choice import Turn
-from ksl_patch.hf.choosing import Choosing
+from ksl_patch.hf.patched_model import PatchedModel
 from ksl_patch.hf.requests import Requests
 from ksl_patch.hf.wiring import Wiring
 
@@ -26,8 +26,8 @@ _KEPT = "_cached_continuous_batching_manager"  # where a model keeps a persisten
 class ContinuousBatching:
     """Follows the managers that a model makes while a handle is attached to it."""
 
-    def __init__(self, choosing: Choosing, attached: AttachedModel, bank: PatchBank) -> None:
-        self._choosing, self._attached, self._model, self._bank = choosing, attached, attached.model, bank
+    def __init__(self, blocks: Blocks, patched: PatchedModel, bank: PatchBank) -> None:
+        self._blocks, self._patched, self._model, self._bank = blocks, patched, patched.model, bank
         self._managers: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def wire(self, wiring: Wiring) -> None:
@@ -60,13 +60,13 @@ class ContinuousBatching:
 
     def _generate_batch(self, generate: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """`generate_batch`, with the choice that is open or `patch=`: a name, None, or an entry for each."""
-        choosing, turn = self._choosing, Turn()
-        with choosing.for_call(kwargs):
-            choice = choosing.chosen_here()
+        blocks, turn = self._blocks, Turn()
+        with blocks.for_call(kwargs):
+            choice = blocks.choice_for_request()
             if choice is None:
                 return generate(inputs, *args, **kwargs)
             choice.check_count(len(inputs))
-            with choosing.chosen(replace(choice, turn=turn)):
+            with blocks.choosing(replace(choice, turn=turn)):
                 results = generate(inputs, *args, **kwargs)
         if turn.error is not None:  # which transformers logs, and goes on without the request
             raise turn.error
@@ -75,7 +75,7 @@ class ContinuousBatching:
     def _init_continuous_batching(self, init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         from transformers import ContinuousBatchingConfig
 
-        if self._choosing.static is not None:
+        if self._blocks.static is not None:
             raise RunError("a handle with max_batch does not serve continuous batching: attach without it.")
         if getattr(self._model, "_device_mesh", None) is not None:
             raise RunError("continuous batching with patches does not run under a tensor parallel plan.")
@@ -92,6 +92,6 @@ class ContinuousBatching:
         config = copy.copy(given) or ContinuousBatchingConfig()
         config.allow_block_sharing = False
         manager = init(**kwargs | {"continuous_batching_config": config})
-        Requests(self._choosing, self._attached, self._bank, self._managers, manager)
+        Requests(self._blocks, self._patched, self._bank, self._managers, manager)
         self._managers.add(manager)
         return manager

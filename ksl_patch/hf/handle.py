@@ -21,11 +21,11 @@ from ksl_patch.bank import PatchBank
 from ksl_patch.base.identity import check_head
 from ksl_patch.base.model_digests import tokenizer_digest, weights_digest
 from ksl_patch.errors import RunError
-from ksl_patch.hf.attached import AttachedModel
 from ksl_patch.hf.binding import F, bind
-from ksl_patch.hf.choosing import Choosing, Loaded, Names
+from ksl_patch.hf.blocks import Blocks, Loaded, Names
 from ksl_patch.hf.continuous import ContinuousBatching
-from ksl_patch.hf.forward import Forward
+from ksl_patch.hf.hooks import Hooks
+from ksl_patch.hf.patched_model import PatchedModel
 from ksl_patch.hf.wiring import Wiring
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch, PatchMeta
@@ -65,16 +65,16 @@ class PatchHandle:
         self._resolve, self._tokenizer = resolve, tokenizer
         self._vocabulary = None if tokenizer is None else tokenizer_digest(tokenizer)
         self._weights = functools.cache(functools.partial(weights_digest, model))  # read with the first patch
-        self._attached = AttachedModel(own)
-        table = self._attached.table
+        self._patched = PatchedModel(own)
+        table = self._patched.table
         if any("ksl_patch" in vars(lookup.module) for lookup in table.lookups):
             raise RunError("patches are attached to a part of this model, or to what it is a part of, already.")
         self.bank = PatchBank(table.vocab_size, table.hidden_size, dtype=table.dtype, device=table.device, **bank)
-        self._choosing = Choosing(self._attached, self.bank, max_batch=max_batch, strict=strict)
+        self._blocks = Blocks(self._patched, self.bank, max_batch=max_batch, strict=strict)
         self._wiring = Wiring(own)
         with self._wiring.undone_on_error() as wiring:
-            self._continuous = ContinuousBatching(self._choosing, self._attached, self.bank)
-            Forward(self._attached, self._choosing, self.bank, self._continuous.check_alone).wire(wiring)
+            self._continuous = ContinuousBatching(self._blocks, self._patched, self.bank)
+            Hooks(self._patched, self._blocks, self.bank, self._continuous.check_alone).wire(wiring)
             for each in {id(each): each for each in (*(lookup.module for lookup in table.lookups), own)}.values():
                 wiring.set(each, "ksl_patch", self)
             self._continuous.wire(wiring)
@@ -83,15 +83,14 @@ class PatchHandle:
             if table.head is not None:
                 wiring.own_class(table.head)
             wiring.copy_without()
-        self._attached.is_attached = True
+        self._patched.is_attached = True
 
     def __repr__(self) -> str:
         loaded = (
-            ", ".join(f"{name} {each.digest[:12]}" for name, each in list(self._choosing.loaded.items()))
-            or "no patches"
+            ", ".join(f"{name} {each.digest[:12]}" for name, each in list(self._blocks.loaded.items())) or "no patches"
         )
         state = "" if self.is_attached else ", detached"
-        return f"<PatchHandle of {type(self._attached.model).__name__}{state}: {loaded}>"
+        return f"<PatchHandle of {type(self._patched.model).__name__}{state}: {loaded}>"
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -102,26 +101,26 @@ class PatchHandle:
     @property
     def is_attached(self) -> bool:
         """Whether the model still serves this handle's patches."""
-        return self._attached.is_attached
+        return self._patched.is_attached
 
     @property
     def names(self) -> list[str]:
         """The names of the loaded patches."""
-        return list(self._choosing.loaded)
+        return list(self._blocks.loaded)
 
     @property
     def merged(self) -> str | None:
         """The name of the patch that is written into the model's table."""
-        merged = self._attached.merged
+        merged = self._patched.merged
         return None if merged is None else merged.name
 
     def digest(self, name: str) -> str:
         """The content that a name stands for now."""
-        return self._choosing.find(name).digest
+        return self._blocks.find(name).digest
 
     def meta(self, name: str) -> PatchMeta:
         """What a loaded patch says of itself, its template for one."""
-        return self._choosing.find(name).meta
+        return self._blocks.find(name).meta
 
     def load(self, patch: Patch | Reference, name: str | None = None) -> str:
         """Load a patch under a name, by default the store's where it was named so, else its own; returns the name.
@@ -134,27 +133,25 @@ class PatchHandle:
         """
         patch, stored = self._read(patch)
         name = check_name(name or stored or patch.meta.name)
-        with self._choosing.lock:
-            self._attached.check_attached()
-            if name in self._choosing.loaded:
+        with self._blocks.lock:
+            self._patched.check_attached()
+            if name in self._blocks.loaded:
                 raise RunError(f"a patch named {name} is loaded already: replace it, or choose another name.")
-            self._choosing.loaded[name] = Loaded(self.bank.add(slot_rows(patch)), patch.digest, patch.meta)
+            self._blocks.loaded[name] = Loaded(self.bank.add(slot_rows(patch)), patch.digest, patch.meta)
         return name
 
     def replace(self, name: str, patch: Patch | Reference) -> None:
         """Put another patch behind a name. Blocks that are open keep the old one; new ones get the new one."""
         patch, _ = self._read(patch)
-        with self._choosing.lock:
-            old = self._choosing.find(name)
-            self._choosing.loaded[name] = Loaded(
-                self.bank.replace(old.slot, slot_rows(patch)), patch.digest, patch.meta
-            )
+        with self._blocks.lock:
+            old = self._blocks.find(name)
+            self._blocks.loaded[name] = Loaded(self.bank.replace(old.slot, slot_rows(patch)), patch.digest, patch.meta)
 
     def unload(self, name: str) -> None:
         """Forget a name. Its rows leave the bank when the last block that uses them ends."""
-        with self._choosing.lock:
-            self.bank.remove(self._choosing.find(name).slot)
-            del self._choosing.loaded[name]
+        with self._blocks.lock:
+            self.bank.remove(self._blocks.find(name).slot)
+            del self._blocks.loaded[name]
 
     def using(self, names: Names) -> AbstractContextManager[None]:
         """A `with` block in which the model answers with patches: one name for all rows, or an entry for each.
@@ -163,11 +160,11 @@ class PatchHandle:
         row of a forward call. The block is this thread's, or this task's: see `bind` for others. Raises RunError for
         an unknown name, before anything is computed, and in whatever still runs when the block has ended.
         """
-        return self._choosing.using(names)
+        return self._blocks.using(names)
 
     def serving(self, slots: int | Sequence[int]) -> AbstractContextManager[None]:
         """As `using`, by slots of the bank."""
-        return self._choosing.serving(slots)
+        return self._blocks.serving(slots)
 
     def bind(self, names: Names) -> Callable[[F], F]:
         """Hand a choice over: `bind("es")(function)` runs with it in whatever thread, task or context it is called.
@@ -177,7 +174,7 @@ class PatchHandle:
         it returns to be run later. A name is looked up anew in each call. Also a decorator. Raises RunError for an
         unknown name, at once and when a call begins.
         """
-        return bind(self._choosing, names)
+        return bind(self._blocks, names)
 
     def marking(self, mask: torch.Tensor) -> AbstractContextManager[None]:
         """A `with` block that says which positions of forward passes are the prompt's, for patches of scope "prompt".
@@ -185,7 +182,7 @@ class PatchHandle:
         mask: bool [B, T], True where the prompt is, for forward passes of that shape. `generate` needs none. Raises
         RunError outside `using`.
         """
-        return self._choosing.marking(mask)
+        return self._blocks.marking(mask)
 
     def merge(self, name: str) -> None:
         """Write a patch into the model's own table: no overlay, no cost, one patch for everybody.
@@ -194,59 +191,59 @@ class PatchHandle:
         bit for bit. Raises RunError while anything is served, while another patch is merged, and for a patch of
         scope "prompt".
         """
-        with self._choosing.lock:
-            loaded = self._choosing.find(name)
+        with self._blocks.lock:
+            loaded = self._blocks.find(name)
             self._check_nothing_runs(f"{name} cannot be merged")
-            if self._attached.merged is not None:
-                raise RunError(f"{self._attached.merged.name} is merged into the model: unmerge it first.")
+            if self._patched.merged is not None:
+                raise RunError(f"{self._patched.merged.name} is merged into the model: unmerge it first.")
             if loaded.meta.scope == "prompt":
                 raise RunError(f"{name} acts on the prompt only, so it cannot be written into the table.")
-            self._attached.check()
+            self._patched.check_unchanged()
             with self.bank.hold([loaded.slot]):
-                self._attached.merge(name, *self.bank.contents(loaded.slot))
+                self._patched.merge(name, *self.bank.contents(loaded.slot))
 
     def unmerge(self) -> None:
         """Give the table its own rows back. Raises RunError when nothing is merged, or while anything is served."""
-        with self._choosing.lock:
-            if self._attached.merged is None:
+        with self._blocks.lock:
+            if self._patched.merged is None:
                 raise RunError("no patch is merged.")
-            self._check_nothing_runs(f"{self._attached.merged.name} cannot be taken out")
-            self._attached.unmerge()
+            self._check_nothing_runs(f"{self._patched.merged.name} cannot be taken out")
+            self._patched.unmerge()
 
     def detach(self) -> None:
         """Leave the model as it was, bit for bit. Raises RunError while anything is served; does nothing twice."""
-        choosing = self._choosing
-        with choosing.lock:
+        blocks = self._blocks
+        with blocks.lock:
             if not self.is_attached:
                 return
-            if choosing.blocks or choosing.requests:
+            if blocks.open or blocks.requests:
                 gc.collect()  # what nobody has any more
             self._check_nothing_runs("cannot detach")
             self._continuous.close()
-            if self._attached.merged is not None:
+            if self._patched.merged is not None:
                 self.unmerge()
-            self._attached.is_attached = False
+            self._patched.is_attached = False
             self._wiring.undo()
-            for loaded in choosing.loaded.values():
+            for loaded in blocks.loaded.values():
                 self.bank.remove(loaded.slot)
-            choosing.loaded.clear()
+            blocks.loaded.clear()
 
     def _check_nothing_runs(self, what: str) -> None:
-        self._choosing.check_nothing_runs(what, managers=self._continuous.is_running)
+        self._blocks.check_nothing_runs(what, managers=self._continuous.is_running)
 
     def _read(self, patch: Patch | Reference) -> tuple[Patch, str | None]:
         patch, stored = (patch, None) if isinstance(patch, Patch) else self._resolve(patch)
-        merged, model, table = self._attached.merged, self._attached.model, self._attached.table
+        merged, model, table = self._patched.merged, self._patched.model, self._patched.table
         if merged is not None:
             raise RunError(f"{merged.name} is merged into the model's table: unmerge it before loading others.")
-        self._attached.check()
+        self._patched.check_unchanged()
         patch.check_table(table)
         if self._tokenizer is not None:
             patch.check_vocabulary(self._tokenizer, self._vocabulary, stacklevel=4)
         patch.check_body(model, self._weights, stacklevel=4)
         if patch.meta.side == "input+output":
             check_head(patch.meta.base, patch.token_ids, patch.base_rows, table)
-        if patch.meta.scope == "prompt" and (self._choosing.static is not None or model.config.is_encoder_decoder):
-            where = "with max_batch" if self._choosing.static is not None else "on an encoder-decoder"
+        if patch.meta.scope == "prompt" and (self._blocks.static is not None or model.config.is_encoder_decoder):
+            where = "with max_batch" if self._blocks.static is not None else "on an encoder-decoder"
             raise RunError(f"{patch.meta.name} has scope 'prompt', which is not served {where}.")
         return patch, stored

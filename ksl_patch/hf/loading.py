@@ -32,9 +32,7 @@ def load_base(
         )
     except RunError:
         raise
-    except (
-        Exception
-    ) as error:  # transformers and what it builds on raise of every kind, for a file that is damaged, say
+    except Exception as error:  # of every kind, from transformers and what it builds on: a damaged file, say
         if os.path.sep in base and not os.path.isdir(base) and not _looks_like_hub_id(base):  # noqa: PTH112
             raise RunError(f"cannot load the base: there is no folder {base}.") from error
         raise RunError(f"cannot load the base {base}: {_reason(error)}") from error

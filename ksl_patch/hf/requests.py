@@ -20,9 +20,9 @@ import torch
 
 from ksl_patch.bank import PatchBank
 from ksl_patch.errors import RunError
-from ksl_patch.hf.attached import AttachedModel
+from ksl_patch.hf.blocks import Blocks
 from ksl_patch.hf.choice import Choice
-from ksl_patch.hf.choosing import Choosing
+from ksl_patch.hf.patched_model import PatchedModel
 
 
 @dataclass(eq=False)
@@ -47,7 +47,7 @@ class _Use:
         self._is_open = True
         family.members += 1
         if counts:
-            requests.choosing.requests.add(id(self))
+            requests.blocks.requests.add(id(self))
 
     def __deepcopy__(self, memo: Any) -> _Use:
         return _Use(self.requests, self.slot, self.family, counts=self._counts)
@@ -57,7 +57,7 @@ class _Use:
             return
         self._is_open = False
         self._hold.close()
-        self.requests.choosing.requests.discard(id(self))
+        self.requests.blocks.requests.discard(id(self))
         self.family.members -= 1
         if not self.family.members:
             self.requests.names.difference_update(self.family.names)
@@ -116,19 +116,19 @@ class _Processor:
 class Requests:
     """The requests of one manager.
 
-    choosing, bank: of the handle that the manager was made with. names: of requests that wait or run, and of what they
+    blocks, bank: of the handle that the manager was made with. names: of requests that wait or run, and of what they
     may be forked into.
     """
 
     def __init__(
         self,
-        choosing: Choosing,
-        attached: AttachedModel,
+        blocks: Blocks,
+        patched: PatchedModel,
         bank: PatchBank,
         others: weakref.WeakSet[Any],
         manager: Any,
     ) -> None:
-        self.choosing, self.bank, self._attached = choosing, bank, attached
+        self.blocks, self.bank, self._patched = blocks, bank, patched
         self.names: set[str] = set()
         self._others, self._stream = others, None
         self._lock = threading.Lock()
@@ -146,11 +146,11 @@ class Requests:
 
     def _add_request(self, add: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
         """An entry of a choice is this request's, whatever becomes of it. `patch=` chooses for this request alone."""
-        with self.choosing.for_call(kwargs):
+        with self.blocks.for_call(kwargs):
             return self._added(add, *args, **kwargs)
 
     def _added(self, add: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        choice = self.choosing.chosen_here()
+        choice = self.blocks.choice_for_request()
         slot = 0
         if choice is not None:
             with self._lock:
@@ -171,14 +171,14 @@ class Requests:
             self._entry.reset(here)
 
     def _add_requests(self, add: Callable[..., Any], manager: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.choosing.for_call(kwargs):
-            choice = self.choosing.chosen_here()
+        with self.blocks.for_call(kwargs):
+            choice = self.blocks.choice_for_request()
             if choice is not None:
                 choice.check_count(len(inputs))
             return add(inputs, *args, **kwargs)
 
     def _put(self, put: Callable[..., None], state: Any, *args: Any, **kwargs: Any) -> None:
-        choice, slot = self._entry.get() or (self.choosing.chosen_here(), 0)
+        choice, slot = self._entry.get() or (self.blocks.choice_for_request(), 0)
         name = state.request_id
         names = {name, *(f"{name}__child#{child}" for child in range(state.num_children))}
         with self._lock:
@@ -200,7 +200,7 @@ class Requests:
             raise
 
     def _start(self, start: Callable[[], None], manager: Any) -> None:
-        if self.choosing.running:
+        if self.blocks.running:
             raise RunError("the model generates already: start the manager when that is done.")
         self._check_only(manager)
         start()
@@ -220,7 +220,7 @@ class Requests:
             state.use.close()
 
     def _create_batch_processor(self, create: Callable[[], Any], manager: Any) -> Any:
-        if not self._attached.is_attached:
+        if not self._patched.is_attached:
             raise RunError("the handle that this manager was made with is detached: make another manager.")
         self._check_only(manager)
         processor = create()
@@ -271,7 +271,7 @@ class Requests:
         with stream_context(stream):
             followed.buffer[0, :length].copy_(slots, non_blocking=True)
         kept = batch_data["logits_indices"] if runner.supports_logits_to_keep(model) else None
-        with self.choosing.packed(followed.buffer[:, :length], kept, width):
+        with self.blocks.packed(followed.buffer[:, :length], kept, width):
             compute(model, batch_data)
 
 

@@ -41,15 +41,14 @@ def module_names(model: Any) -> ModuleNames:
     return ModuleNames(names[id(embedding)], names.get(id(head)))
 
 
-def has_trainable_tokens(folder: Path) -> bool:
-    """Whether an adapter's folder holds trained tokens. Raises PatchError when its config cannot be read."""
-    config = read_config(folder)
+def names_tokens(config: dict[str, Any]) -> bool:
+    """Whether an adapter's config names tokens that were trained."""
     return config.get("peft_type") == "TRAINABLE_TOKENS" or bool(config.get("trainable_token_indices"))
 
 
 def trains_tokens(path: Path) -> bool:
-    """Whether a path is an adapter's folder that holds trained tokens. Raises PatchError as `has_trainable_tokens`."""
-    return (path / CONFIG).is_file() and has_trainable_tokens(path)
+    """Whether a path is an adapter's folder that holds trained tokens. Raises PatchError as `read_config`."""
+    return (path / CONFIG).is_file() and names_tokens(read_config(path))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

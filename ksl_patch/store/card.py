@@ -10,6 +10,7 @@ from ksl_patch.base.model_id import is_hub_id
 from ksl_patch.errors import HubError, PatchError
 from ksl_patch.patch import Patch
 from ksl_patch.patch.evaluation import Evaluation, Figure, read
+from ksl_patch.patch.file import SUFFIX
 from ksl_patch.patch.wording import against, of_seeds, where_from, with_interval
 
 CARD = "README.md"
@@ -88,7 +89,7 @@ and one model in memory serves any number of patches, another one for each reque
 
 
 def _section(patch: Patch, repo: str, file: str, base: str) -> str:
-    meta, name = patch.meta, file.removesuffix(".safetensors").rpartition("/")[2]
+    meta, name = patch.meta, file.removesuffix(SUFFIX).rpartition("/")[2]
     facts = {
         "language": meta.language,
         "base": f"`{base}`, fingerprint `{meta.base.fingerprint[:12]}`",

@@ -17,6 +17,7 @@ import msgspec
 from ksl_patch.atomic import write_atomically
 from ksl_patch.errors import PatchError, RunError
 from ksl_patch.patch import Patch
+from ksl_patch.patch.file import SUFFIX
 from ksl_patch.patch.names import check_name
 from ksl_patch.store.hub import PREFIX, HubReference, fetch
 from ksl_patch.store.references import load
@@ -142,5 +143,5 @@ def _one_base(entries: dict[str, Locked]) -> None:
 def _absolute(reference: str, folder: Path) -> str:
     if reference.startswith(PREFIX):
         return reference
-    is_path = os.sep in reference or reference.endswith(".safetensors")
+    is_path = os.sep in reference or reference.endswith(SUFFIX)
     return str(folder / reference) if is_path else reference

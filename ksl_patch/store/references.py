@@ -35,8 +35,10 @@ def resolve(reference: str) -> Found:
     path = Path(reference)
     if _is_path(reference):
         return Found(path, Patch.load(path))
-    store, name = Store(), stored_name(reference)
-    digest = reference if is_digest(reference) else None if name is None else store.digest(name)
+    store, name = Store(), None
+    digest = reference if is_digest(reference) else None
+    if digest is None and is_name(reference) and (digest := store.digest(reference)) is not None:
+        name = reference
     if digest is None and path.is_dir():
         raise PatchError(f"{reference} is a folder, and the local store has no such name: name a patch file in it.")
     if digest is None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from typing import Any, NamedTuple, NoReturn
@@ -26,7 +27,7 @@ class Flags(NamedTuple):
 
 
 def read_flags(flags: list[str]) -> Flags:
-    """In the spellings that vLLM's own parser takes, which has the last word where it is at hand (`vllm.launch`)."""
+    """In the spellings that vLLM's own parser takes, which has the last word where it is at hand (launch.py)."""
     plain = []
     for flag in flags:
         name, equals, value = flag.partition("=")
@@ -78,3 +79,14 @@ def plugins() -> str:
     installed = {point.name for group in groups for point in metadata.entry_points(group=f"vllm.{group}_plugins")}
     others = {point.name for point in metadata.entry_points(group="vllm.endpoint_plugins")}
     return ",".join(sorted((installed - others) | {KEY}))
+
+
+def check_flags(*, runtime: bool, changing: bool, api_keys: Sequence[str], api_servers: int | None) -> None:
+    """Raise RunError for flags of vLLM's that do not go with these settings.
+
+    runtime: whether the routes may change what is served. changing: whether names may come while serving.
+    """
+    if runtime and not (any(api_keys) or os.environ.get("VLLM_API_KEY")):
+        raise RunError("--allow-runtime-patches needs an API key: give --api-key KEY, or set VLLM_API_KEY.")
+    if changing and api_servers not in (None, 1):
+        raise RunError("names that change while serving belong to one API server: leave --api-server-count out.")

@@ -8,7 +8,8 @@ from importlib import metadata
 from typing import Any
 
 from ksl_patch.errors import KslPatchError, RunError
-from ksl_patch.vllm.settings import KEY, check_flags, read_settings
+from ksl_patch.vllm.flags import check_flags
+from ksl_patch.vllm.settings import KEY, read_settings
 
 
 def main() -> None:

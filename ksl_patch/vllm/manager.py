@@ -48,7 +48,7 @@ class _Table:
 
     def __init__(self, layer: PatchedEmbedding) -> None:
         self.vocab_size, self.hidden_size = layer.base_layer.org_vocab_size, layer.base_layer.embedding_dim
-        self.plain, self.dtype, self.rows = layer.plain, layer.bank.tensors.rows.dtype, layer.base_rows
+        self.plain, self.rows = layer.plain, layer.base_rows
 
 
 class _AdapterManager(LRUCacheLoRAModelManager):  # type: ignore[misc]

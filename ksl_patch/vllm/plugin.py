@@ -95,6 +95,8 @@ def _touched() -> list[tuple[str, bool]]:
         ("EngineCore.add_request", takes(EngineCore.add_request, "request", "request_wave")),
         ("OutputProcessor", takes(OutputProcessor.process_outputs, "engine_core_outputs")),
         ("OutputProcessor._finish_request", takes(OutputProcessor._finish_request, "req_state")),
+        ("OutputProcessor.add_request", takes(OutputProcessor.add_request, "request", "prompt")),
+        ("OutputProcessor._update_stats", takes(OutputProcessor._update_stats_from_finished, "req_state")),
         ("EngineCore.collective_rpc", "model_executor" in core and takes(EngineCore.collective_rpc, "method")),
         ("CpuPlatform.check_and_update_config", takes(CpuPlatform.check_and_update_config, "vllm_config")),
         ("punica_cpu.sgmv_shrink", takes(punica_cpu.sgmv_shrink, "lora_indices_tensor", "seq_len_tensor")),
@@ -172,9 +174,10 @@ def _code() -> str:
     """A digest of the code that is compiled into a model."""
     from ksl_patch import overlay
     from ksl_patch.bank import lookup
+    from ksl_patch.base import table
     from ksl_patch.vllm import layer
 
-    text = "".join(inspect.getsource(module) for module in (lookup, overlay, layer, sys.modules[__name__]))
+    text = "".join(inspect.getsource(module) for module in (lookup, table, overlay, layer, sys.modules[__name__]))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

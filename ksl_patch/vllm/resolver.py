@@ -1,4 +1,4 @@
-"""Names that vLLM does not know: files of configured folders, digests of the local store, and ORG/REPO of the Hub."""
+"""vLLM's resolver: a name that it does not know, looked up where sources.py may take patches from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
 from ksl_patch.errors import PatchError
+from ksl_patch.patch.file import SUFFIX
 from ksl_patch.patch.names import check_name
 from ksl_patch.store.local import Store, is_digest
 from ksl_patch.vllm.settings import Settings
@@ -52,4 +53,4 @@ class PatchResolver(LoRAResolver):  # type: ignore[misc]
         check_name(name)
         if is_digest(name):
             return store.path(from_store(name, self._settings).digest)
-        return store.add(from_folders(Path(f"{name}.safetensors"), self._settings))
+        return store.add(from_folders(Path(f"{name}{SUFFIX}"), self._settings))

@@ -11,7 +11,7 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.datastructures import State
 from vllm.lora.resolver import LoRAResolverRegistry
 
-from ksl_patch.vllm.prompts import Prompts
+from ksl_patch.vllm.middleware import Middleware
 from ksl_patch.vllm.refusals import RefusalError, refuse
 from ksl_patch.vllm.resolver import PatchResolver
 from ksl_patch.vllm.served import Patches, checked_name
@@ -40,7 +40,7 @@ class PatchRoutes:
         if settings.folders or settings.orgs:
             LoRAResolverRegistry.register_resolver("ksl_patch", PatchResolver(settings))
         app.include_router(router)
-        app.add_middleware(Prompts, state=app.state, guard=settings.guard)
+        app.add_middleware(Middleware, state=app.state, guard=settings.guard)
         app.add_exception_handler(RefusalError, refuse)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:

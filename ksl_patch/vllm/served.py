@@ -1,4 +1,4 @@
-"""The patches that one API server serves: loaded, replaced and unloaded by name; the routes to it are routes.py's."""
+"""The patches that one API server serves: loaded, replaced, unloaded, their templates applied; routes.py has URLs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ksl_patch.patch.names import check_name
 from ksl_patch.store.hub import HubReference
 from ksl_patch.store.local import Store
 from ksl_patch.vllm.refusals import RefusalError
-from ksl_patch.vllm.server_metrics import follow, metrics
+from ksl_patch.vllm.server_metrics import follow, make_metrics
 from ksl_patch.vllm.settings import Settings
 from ksl_patch.vllm.sources import PatchFile, open_file
 
@@ -53,7 +53,7 @@ class Patches:
         self._warned: set[str] = set()
         self._looked_at: dict[str, int] = {}
         self._served: dict[str, int] = {}
-        self._metrics = metrics()
+        self._metrics = make_metrics()
         self._metrics["loaded"].set_function(lambda: len(self.names()))
         follow(engine.output_processor, self._metrics, self._came)
 
@@ -139,7 +139,7 @@ class Patches:
                 raise RefusalError(409, f"{running} requests use {name}: wait for them with ?wait=SECONDS.")
             await asyncio.sleep(0.02)
 
-    def prompts(self, body: dict[str, Any], name: Any) -> bool:
+    def apply_template(self, body: dict[str, Any], name: Any) -> bool:
         """Give a completion's prompts the template of its patch; whether anything was changed.
 
         Raises RefusalError where the template needs more than a sentence.
@@ -183,9 +183,12 @@ class Patches:
 
     def _look_at(self, name: str, prompt: str | None, token_ids: list[int] | None) -> None:
         """Warn, once for each patch, of a prompt of any route that its template could not have given."""
-        template = self._template(name)
-        digest = None if template is None else self.content(name).digest
-        if template is None or digest is None or digest in self._warned:
+        try:
+            content = self.content(name)
+        except RefusalError:
+            return
+        template, digest = content.meta.template, content.digest
+        if template is None or digest in self._warned:
             return
         if prompt is None:
             looked_at = self._looked_at[digest] = self._looked_at.get(digest, 0) + 1

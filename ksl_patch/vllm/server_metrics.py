@@ -12,7 +12,7 @@ _LATENCY = {"buckets": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 
 
 @functools.cache
-def metrics() -> dict[str, Any]:
+def make_metrics() -> dict[str, Any]:
     """The metrics of this process by short names, made once."""
     by_patch = {"labelnames": ("patch",)}
     return {
@@ -26,7 +26,7 @@ def metrics() -> dict[str, Any]:
     }
 
 
-def follow(processor: Any, counters: dict[str, Any], came: Callable[[str, str | None, list[int] | None], None]) -> None:
+def follow(processor: Any, metrics: dict[str, Any], came: Callable[[str, str | None, list[int] | None], None]) -> None:
     """Count requests when they come and tokens when they end, by patch, on a server's output processor.
 
     came: is told of each request for a patch: the name, and the prompt's text and token ids as far as they are known.
@@ -37,16 +37,16 @@ def follow(processor: Any, counters: dict[str, Any], came: Callable[[str, str | 
     def adding(request: Any, *args: Any, **kwargs: Any) -> Any:
         if request.lora_request is not None:
             name = request.lora_request.lora_name
-            counters["requests"].labels(patch=name).inc()
+            metrics["requests"].labels(patch=name).inc()
             came(name, args[0] if args else kwargs.get("prompt"), request.prompt_token_ids)
         return add(request, *args, **kwargs)
 
     @functools.wraps(finish)
     def finishing(req_state: Any, *args: Any, **kwargs: Any) -> Any:
         if req_state.lora_name is not None:
-            counters["prompt"].labels(patch=req_state.lora_name).inc(req_state.prompt_len)
+            metrics["prompt"].labels(patch=req_state.lora_name).inc(req_state.prompt_len)
             tokens = req_state.detokenizer.num_output_tokens() if req_state.detokenizer else 0
-            counters["generation"].labels(patch=req_state.lora_name).inc(tokens)
+            metrics["generation"].labels(patch=req_state.lora_name).inc(tokens)
         return finish(req_state, *args, **kwargs)
 
     processor.add_request, processor._update_stats_from_finished = adding, finishing

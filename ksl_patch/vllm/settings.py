@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -43,17 +41,6 @@ def read_settings(additional_config: Any) -> Settings:
         return msgspec.convert(given, Settings)
     except msgspec.ValidationError as error:
         raise RunError(f"--additional-config has no valid {KEY!r} ({error}).") from error
-
-
-def check_flags(*, runtime: bool, changing: bool, api_keys: Sequence[str], api_servers: int | None) -> None:
-    """Raise RunError for flags of vLLM's that do not go with these settings.
-
-    runtime: whether the routes may change what is served. changing: whether names may come while serving.
-    """
-    if runtime and not (any(api_keys) or os.environ.get("VLLM_API_KEY")):
-        raise RunError("--allow-runtime-patches needs an API key: give --api-key KEY, or set VLLM_API_KEY.")
-    if changing and api_servers not in (None, 1):
-        raise RunError("names that change while serving belong to one API server: leave --api-server-count out.")
 
 
 def embedding_alone(lora_config: Any) -> bool:

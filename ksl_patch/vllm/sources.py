@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ksl_patch.errors import PatchError, RunError
 from ksl_patch.patch import Patch
+from ksl_patch.patch.file import SUFFIX
 from ksl_patch.store.hub import HubReference, fetch
 from ksl_patch.store.local import Store
 from ksl_patch.store.sign import PublicKey, load_signed
@@ -45,9 +46,9 @@ def inside(path: Path, folders: tuple[str, ...]) -> Path:
     roots = [Path(folder).resolve() for folder in folders]
     for candidate in [path] if path.is_absolute() else [root / path for root in roots]:
         real = candidate.resolve()
-        if any(real.is_relative_to(root) for root in roots) and real.suffix == ".safetensors" and real.is_file():
+        if any(real.is_relative_to(root) for root in roots) and real.suffix == SUFFIX and real.is_file():
             return real
-    raise PatchError(f"{str(path)[:200]!r} is not a .safetensors file in the folders that patches may come from.")
+    raise PatchError(f"{str(path)[:200]!r} is not a {SUFFIX} file in the folders that patches may come from.")
 
 
 def from_folders(path: Path, settings: Settings) -> Patch:

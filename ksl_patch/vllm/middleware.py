@@ -17,8 +17,8 @@ _ADAPTER_HEADER = b"x-amzn-sagemaker-adapter-identifier"
 _MAX_BODY = 16 * 2**20
 
 
-class Prompts:
-    """ASGI middleware: closes vLLM's own adapter routes, and gives completions the patch's template."""
+class Middleware:
+    """Looks at every HTTP request before vLLM does. guard: whether its own adapter routes are closed."""
 
     def __init__(self, app: Any, state: State, guard: bool) -> None:
         self._app, self._state, self._guard = app, state, guard
@@ -57,7 +57,7 @@ class Prompts:
                     # Without it the base answers there, whatever the body names.
                     scope = {**scope, "headers": [*scope["headers"], (_ADAPTER_HEADER, name.encode("latin-1"))]}
             try:
-                changed = isinstance(content, dict) and self._state.ksl_patch.prompts(content, name)
+                changed = isinstance(content, dict) and self._state.ksl_patch.apply_template(content, name)
             except RefusalError as error:
                 await refusal(error.status, str(error))(scope, receive, send)
                 return

@@ -1,4 +1,4 @@
-"""What a choice does in a model: its `generate`, its forward passes, its embedding's and its head's outputs.
+"""The hooks on a model: what a choice does in `generate`, in forward passes, behind the embedding and the head.
 
 A request that was given a patch is answered with it or raises: a forward pass beside the patched modules is refused.
 """
@@ -17,28 +17,21 @@ from torch import nn
 
 from ksl_patch.bank import PatchBank
 from ksl_patch.errors import RunError
-from ksl_patch.hf.attached import AttachedModel
+from ksl_patch.hf.blocks import Blocks
 from ksl_patch.hf.choice import Choice, Packed, Prompt
-from ksl_patch.hf.choosing import Choosing
+from ksl_patch.hf.patched_model import PatchedModel
 from ksl_patch.hf.wiring import Wiring
 from ksl_patch.overlay import Overlay
 
 
-class Forward:
+class Hooks:
     """The hooks of one handle on its model. check_alone: raises where a manager of continuous batching runs."""
 
-    def __init__(
-        self, attached: AttachedModel, choosing: Choosing, bank: PatchBank, check_alone: Callable[[], None]
-    ) -> None:
-        self._attached, self._choosing, self._bank, self._check_alone = attached, choosing, bank, check_alone
-        self._model, self._table, self._static = attached.model, attached.table, choosing.static
-        self._overlay = Overlay(attached.table, bank)
-        # What torch.compile is to run and not to trace: it looks at the thread's choice.
-        reason = "the choice is looked up outside compiled code: compile model.forward, and not the model"
-        self._uncompiled = SimpleNamespace(**{
-            name: torch.compiler.disable(getattr(self, f"_{name}"), reason=reason)  # type: ignore[no-untyped-call]
-            for name in ("begin", "end", "embedding_slots", "head_slots")
-        })  # fmt: skip
+    def __init__(self, patched: PatchedModel, blocks: Blocks, bank: PatchBank, check_alone: Callable[[], None]) -> None:
+        self._patched, self._blocks, self._bank, self._check_alone = patched, blocks, bank, check_alone
+        self._model, self._table, self._static = patched.model, patched.table, blocks.static
+        self._overlay = Overlay(patched.table, bank)
+        self._uncompiled = _uncompiled()
 
     def wire(self, wiring: Wiring) -> None:
         """Put the hooks on the model."""
@@ -57,10 +50,10 @@ class Forward:
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`generate`, with the choice that is open or, in one call, `patch=`: a name, None, or an entry for each."""
-        if not self._attached.is_attached:  # something still has this method
+        if not self._patched.is_attached:  # something still has this method
             return generate(*args, **kwargs)
-        with self._choosing.for_call(kwargs), self._choosing.counted_running():
-            choice = self._choosing.here()
+        with self._blocks.for_call(kwargs), self._blocks.counted_running():
+            choice = self._blocks.current_choice()
             self._check_alone()
             if choice is None:
                 return generate(*args, **kwargs)
@@ -73,22 +66,22 @@ class Forward:
             if isinstance(given, torch.Tensor):
                 choice.check_count(given.shape[0])
                 columns = given.shape[1]
-            with self._choosing.chosen(dataclasses.replace(choice, prompt=Prompt(columns))), ExitStack() as stack:
+            with self._blocks.choosing(dataclasses.replace(choice, prompt=Prompt(columns))), ExitStack() as stack:
                 if self._static is not None:
                     stack.callback(self._static.fill, choice)
                 return generate(*args, **kwargs)
 
     def _expand(self, expand: Callable[..., Any], expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         """Where `generate` makes several rows of each prompt, the choice gets as many."""
-        choice = self._choosing.current.get()
+        choice = self._blocks.current.get()
         if isinstance(choice, Choice) and choice.prompt is not None and expand_size > 1:
             if self._static is not None:
                 self._static.fill(choice, expand_size)
-            self._choosing.current.set(dataclasses.replace(choice, each=expand_size))
+            self._blocks.current.set(dataclasses.replace(choice, each=expand_size))
         return expand(expand_size, *args, **kwargs)
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        (self._uncompiled.begin if torch.compiler.is_compiling() else self._begin)(args, kwargs)
+        (self._uncompiled.begin if torch.compiler.is_compiling() else Hooks._begin)(self, args, kwargs)
 
     def _begin(self, args: Any, kwargs: dict[str, Any]) -> None:
         if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
@@ -97,12 +90,11 @@ class Forward:
             )
         if "patch" in kwargs:
             raise RunError("`patch=` is for `generate` and `generate_batch`: call the model inside `using`.")
-        is_packed = isinstance(
-            self._choosing.current.get(), Packed
-        )  # also while a patch is merged, when nothing is chosen
+        # Looked at itself, since nothing is chosen while a patch is merged.
+        is_packed = isinstance(self._blocks.current.get(), Packed)
         if type(kwargs.get("cache")).__name__ == "PagedAttentionCache" and not is_packed:
             raise RunError("this manager of continuous batching was made before `attach`: make another one.")
-        choice = self._choosing.here()
+        choice = self._blocks.current_choice()
         if not is_packed:
             self._check_alone()
         if choice is None:
@@ -113,23 +105,23 @@ class Forward:
             if self._static is None and isinstance(choice, Choice):
                 raise RunError("a CUDA graph keeps the choice that it was captured with: attach with max_batch.")
         else:
-            self._attached.check()
+            self._patched.check_unchanged()
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
         is_batch = isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point()
         if self._model.config.is_encoder_decoder:
             is_batch = False  # each side has token ids of its own
         if self._static is not None and is_batch:
             self._static.rows(ids.shape[0])  # compiled code would raise what torch makes of the error
-        self._choosing.current.set(choice.begin(kwargs, ids if is_batch else None))
+        self._blocks.current.set(choice.begin(kwargs, ids if is_batch else None))
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        (self._uncompiled.end if torch.compiler.is_compiling() else self._end)(output is not None)
+        (self._uncompiled.end if torch.compiler.is_compiling() else Hooks._end)(self, output is not None)
 
     def _end(self, has_output: bool) -> None:
-        choice = self._choosing.current.get()
+        choice = self._blocks.current.get()
         if choice is None or choice.seen is None:
             return
-        self._choosing.current.set(dataclasses.replace(choice, seen=None))
+        self._blocks.current.set(dataclasses.replace(choice, seen=None))
         if not has_output:
             return  # it has failed
         choice.block.check()
@@ -148,19 +140,19 @@ class Forward:
     ) -> Any:
         token_ids = args[0] if args else kwargs["input"]
         if self._static is None:
-            here = self._uncompiled.embedding_slots if torch.compiler.is_compiling() else self._embedding_slots
-            slots = here(token_ids)
+            here = self._uncompiled.embedding_slots if torch.compiler.is_compiling() else Hooks._embedding_slots
+            slots = here(self, token_ids)
             if slots is None:
                 return None
         else:
             if not torch.compiler.is_compiling():
-                self._choosing.here()
+                self._blocks.current_choice()
                 self._captured()
             slots = self._static.rows(token_ids.shape[0])
         return self._overlay.embed(slots, token_ids.to(self._table.device), output, scale)
 
     def _embedding_slots(self, token_ids: torch.Tensor) -> torch.Tensor | None:
-        choice = self._choosing.here()
+        choice = self._blocks.current_choice()
         if choice is None:
             return None
         slots = choice.embedding(token_ids)
@@ -171,8 +163,8 @@ class Forward:
     def _on_head(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> Any:
         hidden = args[0] if args else kwargs["input"]
         if self._static is None:
-            here = self._uncompiled.head_slots if torch.compiler.is_compiling() else self._head_slots
-            slots, width = here(hidden)
+            here = self._uncompiled.head_slots if torch.compiler.is_compiling() else Hooks._head_slots
+            slots, width = here(self, hidden)
             if slots is None:
                 return None
         else:
@@ -186,7 +178,7 @@ class Forward:
         return flat.view(output.shape)
 
     def _head_slots(self, hidden: torch.Tensor) -> tuple[torch.Tensor | None, int]:
-        choice = self._choosing.here()
+        choice = self._blocks.current_choice()
         if choice is None or not choice.width:
             return None, 0
         if choice.seen is not None:
@@ -196,3 +188,16 @@ class Forward:
     def _captured(self) -> None:
         if self._table.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._bank.fix()
+
+
+@functools.cache
+def _uncompiled() -> SimpleNamespace:
+    """The methods that torch.compile is to run and not to trace: they look at the thread's choice.
+
+    Of the class and not of an instance, which would then hold itself, and the bank, beyond its last user.
+    """
+    reason = "the choice is looked up outside compiled code: compile model.forward, and not the model"
+    return SimpleNamespace(**{
+        name: torch.compiler.disable(getattr(Hooks, f"_{name}"), reason=reason)  # type: ignore[no-untyped-call]
+        for name in ("begin", "end", "embedding_slots", "head_slots")
+    })  # fmt: skip

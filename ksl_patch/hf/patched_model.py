@@ -15,7 +15,7 @@ from ksl_patch.errors import RunError
 
 
 @dataclass(frozen=True)
-class Merged:
+class _Merged:
     """What a merge has overwritten: the rows of the table at token_ids, and the tied head's weight if it was untied.
 
     merged_rows, head_weight: what there is in their place.
@@ -30,14 +30,14 @@ class Merged:
     tie_word_embeddings: Any
 
 
-class AttachedModel:
+class PatchedModel:
     """A transformers model and its table. is_attached: whether hooks are on it. merged: what a merge has changed."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.table = find_embedding(model)
         self.is_attached = False
-        self.merged: Merged | None = None
+        self.merged: _Merged | None = None
         self._weight = self.table.weight if self.table.plain else None
         self._state = table_state(self._weight)
 
@@ -46,7 +46,7 @@ class AttachedModel:
         if not self.is_attached:
             raise RunError("the handle is detached from its model: attach again.")
 
-    def check(self) -> None:
+    def check_unchanged(self) -> None:
         """Raise RunError unless the model still looks its tokens up where `attach` found it, in the same table."""
         table = self.table
         module = innermost(self.model.get_input_embeddings())
@@ -85,7 +85,9 @@ class AttachedModel:
             self.model.config.tie_word_embeddings = False  # what is saved meanwhile has two tables
             if output_rows is not None:
                 head.weight.data[token_ids] = output_rows
-        self.merged = Merged(name, token_ids, weight.detach()[token_ids].clone(), rows, tied, head and head.weight, tie)
+        self.merged = _Merged(
+            name, token_ids, weight.detach()[token_ids].clone(), rows, tied, head and head.weight, tie
+        )
         weight.data[token_ids] = rows
 
     def unmerge(self) -> None:
