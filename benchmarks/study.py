@@ -27,8 +27,8 @@ from ksl_patch.data.reading import read_pairs
 from ksl_patch.evidence.ablate import PLACES, run_at
 from ksl_patch.evidence.agreement import certify
 from ksl_patch.evidence.certificate import at_least
-from ksl_patch.evidence.compare import evaluate
-from ksl_patch.evidence.outputs import Cache, run
+from ksl_patch.evidence.evaluate import evaluate
+from ksl_patch.evidence.outputs import Cache, outputs_of
 from ksl_patch.evidence.scorer import Scorer
 from ksl_patch.evidence.systems import make_systems
 from ksl_patch.hf import attach
@@ -42,6 +42,7 @@ from ksl_patch.train.build import Build
 from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.loss import answer_losses
 from ksl_patch.train.progress import RichReporter
+from ksl_patch.train.ticket_checks import template_tokens
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCUMENT = ROOT / "benchmarks/results/study", ROOT / "docs/experiments.md"
@@ -171,7 +172,7 @@ class Study:
                 "token": build.tokenizer.decode([i]),
                 "loss": build.patched_loss(build.patch_of(Ticket(np.array([i]), "single"))),
             }
-            for i in build.template_tokens()
+            for i in template_tokens(build)
         ]
         return {"base": measured["loss_base"], "patch": measured["loss_patch"], "rows": rows}
 
@@ -197,7 +198,9 @@ class Study:
         """The same rows, acting at one place alone."""
         held_out = build.held_out.first(PAIRS)
         scorer = Scorer(held_out.references, language=build.config.language, groups=held_out.groups)
-        base = run(build.model, build.tokenizer, held_out, None, max_new_tokens=NEW_TOKENS, cache=Cache.of(build))
+        base = outputs_of(
+            build.model, build.tokenizer, held_out, None, max_new_tokens=NEW_TOKENS, cache=Cache.of(build)
+        )
         systems = [SystemScores(name="base", rows=[0], seeds=[], figures=scorer.of_base(base))]
         for place in PLACES:
             outputs = run_at(build.model, build.tokenizer, held_out, patch, place, max_new_tokens=NEW_TOKENS)

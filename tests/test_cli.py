@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import tiny_llama
+from conftest import run_cli, tiny_llama
 
 from ksl_patch import Patch
 from ksl_patch.cli import cli
@@ -169,3 +169,20 @@ def test_shell_completion_offers_commands_and_options():
     }
     done = subprocess.run([sys.executable, "-m", "ksl_patch"], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "plain,verify"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "PATCH", "-o", "none/P2"], "the folder none does not exist"),
+        (["merge", "PATCH", "PATCH", "-o", "none/C"], "the folder none does not exist"),
+        (["import", "adapter", "--base", "m", "-o", "PATCH"], "exists; add --force to replace it"),
+        (["eval", "PATCH", "--columns", "a,b"], "--columns are those of --test"),
+        (["eval", "PATCH", "--base", "m", "--test", "t.jsonl", "--pairs", "p.jsonl"], "without its build"),
+        (["serve", "m", "--json"], "--json prints the command of --dry-run"),
+    ],
+)
+def test_what_would_be_ignored_or_fail_at_the_end_is_said_first(patch_file, arguments, message):
+    code, _, err = run_cli(*(patch_file if each == "PATCH" else each for each in arguments))
+    assert code == 2
+    assert message in err

@@ -75,3 +75,10 @@ def test_a_base_that_is_not_there_or_has_no_weights(home, base_folder, tmp_path)
         lines = [line for line in map(json.loads, out.splitlines()) if line["what"].startswith(str(base))]
         errors = [line["detail"] for line in lines if line["state"] == "error"]
         assert (exit_code, errors) == (code, [] if found is None else [found])
+
+
+def test_a_version_is_compared_by_its_minor_number_too(home, monkeypatch):
+    stock = doctor._version
+    for version, state in (("0.18.1", "error"), ("0.19", "ok"), ("1.0.0rc1", "ok")):
+        monkeypatch.setattr(doctor, "_version", lambda package, v=version: v if package == "peft" else stock(package))
+        assert findings(run_cli("doctor", "--json")[1])["peft"]["state"] == state

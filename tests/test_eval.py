@@ -13,7 +13,7 @@ from test_hf import overwritten
 from ksl_patch import Patch
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.evidence.ablate import PLACES, run_at
-from ksl_patch.evidence.outputs import Cache, Outputs, run
+from ksl_patch.evidence.outputs import Cache, Outputs, outputs_of
 from ksl_patch.evidence.scorer import Scorer
 from ksl_patch.evidence.systems import make_systems, noise_patch
 from ksl_patch.patch.evaluation import Evaluation, read
@@ -134,19 +134,21 @@ def built(base_folder, pairs_file, tmp_path_factory):
 def test_what_is_run_is_what_an_overwritten_table_does(built, tmp_path):
     build, patch, _ = built
     held_out, cache = build.held_out.first(6), Cache(tmp_path, "a")
-    found = run(build.model, build.tokenizer, held_out, patch, max_new_tokens=12, cache=cache)
-    by_hand = run(overwritten(build.model, patch), build.tokenizer, held_out, None, max_new_tokens=12)
+    found = outputs_of(build.model, build.tokenizer, held_out, patch, max_new_tokens=12, cache=cache)
+    by_hand = outputs_of(overwritten(build.model, patch), build.tokenizer, held_out, None, max_new_tokens=12)
     assert found.token_ids == by_hand.token_ids
     assert found.losses == by_hand.losses
     assert found.tokens == [len(example.answer) for example in held_out.examples]
     # The kept result is used again, and is another one for other settings.
     [file] = tmp_path.iterdir()
     file.write_text(json.dumps(dataclasses.asdict(found) | {"texts": ["kept"] * 6}))
-    again = run(build.model, build.tokenizer, held_out, patch, max_new_tokens=12, cache=cache)
+    again = outputs_of(build.model, build.tokenizer, held_out, patch, max_new_tokens=12, cache=cache)
     assert again.texts == ["kept"] * 6
-    assert run(build.model, build.tokenizer, held_out, None, max_new_tokens=12, cache=cache).texts != again.texts
+    assert outputs_of(build.model, build.tokenizer, held_out, None, max_new_tokens=12, cache=cache).texts != again.texts
     other = Cache(tmp_path, "b")  # another base with the same tokenizer
-    assert run(build.model, build.tokenizer, held_out, patch, max_new_tokens=12, cache=other).texts == found.texts
+    assert (
+        outputs_of(build.model, build.tokenizer, held_out, patch, max_new_tokens=12, cache=other).texts == found.texts
+    )
 
 
 def test_a_random_change_has_the_patch_s_norms_and_another_direction(built):
@@ -258,12 +260,12 @@ def test_rows_act_only_where_they_are_let(built):
         place: run_at(build.model, build.tokenizer, held_out, patch, place, max_new_tokens=12, batch_size=4)
         for place in PLACES
     }
-    everywhere = run(build.model, build.tokenizer, held_out, patch, max_new_tokens=12)
+    everywhere = outputs_of(build.model, build.tokenizer, held_out, patch, max_new_tokens=12)
     assert found["everywhere"].token_ids == everywhere.token_ids
     assert found["everywhere"].losses == pytest.approx(everywhere.losses, rel=1e-5)
     # Scope "prompt" is what the runtimes call it.
     prompt_only = dataclasses.replace(patch, meta=dataclasses.replace(patch.meta, scope="prompt"))
-    in_scope = run(build.model, build.tokenizer, held_out, prompt_only, max_new_tokens=12)
+    in_scope = outputs_of(build.model, build.tokenizer, held_out, prompt_only, max_new_tokens=12)
     assert found["prompt"].token_ids == in_scope.token_ids
     assert found["prompt"].losses == pytest.approx(in_scope.losses, rel=1e-5)
     assert found["prompt"].losses != pytest.approx(everywhere.losses, rel=1e-5)

@@ -31,7 +31,7 @@ from ksl_patch.data.sketch import seen, sketch
 from ksl_patch.data.split import reading_order, split_pairs
 from ksl_patch.data.templates import make_template
 from ksl_patch.errors import DataError, KslPatchError, OtherBodyWarning, RunError, TicketError
-from ksl_patch.evidence.compare import encode_test
+from ksl_patch.evidence.evaluate import encode_test
 from ksl_patch.evidence.outputs import token_limit
 from ksl_patch.evidence.scorer import Scorer
 from ksl_patch.evidence.systems import make_systems

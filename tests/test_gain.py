@@ -19,7 +19,7 @@ from ksl_patch.data.encoding import encode, source_tokens
 from ksl_patch.data.pairs import Pair
 from ksl_patch.data.recognition import recogniser
 from ksl_patch.errors import RunError
-from ksl_patch.evidence.compare import occurrences
+from ksl_patch.evidence.evaluate import occurrences
 from ksl_patch.evidence.outputs import Outputs
 from ksl_patch.evidence.scorer import Scorer
 from ksl_patch.evidence.systems import make_systems
@@ -33,6 +33,7 @@ from ksl_patch.train.build import Build
 from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.progress import SilentReporter
 from ksl_patch.train.reopen import reopen
+from ksl_patch.train.ticket_checks import template_tokens
 
 REFERENCES = ["El gato ve el mar.", "La mano tiene pan.", "El perro ama la casa.", "Un libro en la mesa."]
 
@@ -318,7 +319,7 @@ def test_the_best_single_row_is_the_best_of_all_builds_of_one_row(config, tmp_pa
         one = dataclasses.replace(config, selection="ks", rows=(name,))
         built = Build(one, tmp_path / "by hand", SilentReporter()).patch()
         by_hand[token_id] = built.meta.evaluation["loss_patch"], built
-    assert made.template_tokens() == sorted(by_hand)
+    assert template_tokens(made) == sorted(by_hand)
     best = min(by_hand, key=lambda token_id: (by_hand[token_id][0], token_id))
     assert patch.token_ids.tolist() == [best]
     assert torch.equal(patch.rows, by_hand[best][1].rows)
@@ -349,7 +350,7 @@ def test_two_selections_of_the_same_row_are_two(config, tmp_path):
 def test_of_equal_rows_the_first_is_taken(config, tmp_path, monkeypatch):
     made = Build(config, tmp_path, SilentReporter())
     monkeypatch.setattr(made, "patched_loss", lambda patch: 2.0)
-    assert made.ticket("single").token_ids.tolist() == made.template_tokens()[:1]
+    assert made.ticket("single").token_ids.tolist() == template_tokens(made)[:1]
 
 
 def test_what_is_filled_in_is_no_token_of_the_template(config, tmp_path):
@@ -359,7 +360,7 @@ def test_what_is_filled_in_is_no_token_of_the_template(config, tmp_path):
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     noted = dataclasses.replace(config, pairs=str(pairs), template="Say {note}: {source}: Now")
     made = Build(noted, tmp_path / "run", SilentReporter())
-    texts = {made.tokenizer.decode([token_id]) for token_id in made.template_tokens()}
+    texts = {made.tokenizer.decode([token_id]) for token_id in template_tokens(made)}
     assert texts == {"S", "a", "y", ":", " ", "N", "o", "w"}
     assert "Q" in made.tokenizer.decode(made.train.examples[0].prompt)
 

@@ -162,7 +162,7 @@ def test_the_commands(base_folder, tmp_path):
     )
     assert code == 0, err
     assert json.loads(out)["rows"] == len(IDS)
-    assert run_cli("import", tmp_path / "tt", "--base", base_folder, "-o", patch)[0] == 1
+    assert run_cli("import", tmp_path / "tt", "--base", base_folder, "-o", patch)[0] == 2
     out_folder = tmp_path / "out"
     command = ("export", patch, "--base", base_folder, "-o", out_folder)
     code, out, err = run_cli(*command, "--format", "trainable-tokens", "--json")

@@ -280,3 +280,23 @@ def contrast(page):
 
     paper, *others = map(luminance, colours)
     return min((max(paper, one) + 0.05) / (min(paper, one) + 0.05) for one in others)
+
+
+def test_another_tool_s_evaluation_is_left_out_of_what_inspect_shows(model, tmp_path):
+    for number, found in enumerate(({"loss_base": 1.0, "loss_patch": "low"}, {"loss_base": 1.0, "loss_patch": 0.9})):
+        file = tmp_path / f"{number}.safetensors"
+        make(model, evaluation=found).save(file)
+        code, out, err = run_cli("inspect", file)
+        assert code == 0, err
+        assert "loss" not in out
+
+
+def test_a_run_folder_of_another_patch_is_not_this_one_s(model, tmp_path):
+    make(model).save(tmp_path / "es.safetensors")
+    (tmp_path / "es.safetensors.run").mkdir()
+    code, _, err = run_cli("report", tmp_path / "es.safetensors", "-o", tmp_path / "es.html")
+    assert code == 0, err
+    named = ["--run", tmp_path / "es.safetensors.run", "-o", tmp_path / "other.html"]
+    code, _, err = run_cli("report", tmp_path / "es.safetensors", *named)
+    assert code == 1
+    assert "there is no record of this patch" in err

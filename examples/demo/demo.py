@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ksl_patch.data.languages import language_name
 from ksl_patch.errors import KslPatchError
-from ksl_patch.evidence.compare import evaluate
+from ksl_patch.evidence.evaluate import evaluate
 from ksl_patch.evidence.outputs import Cache
 from ksl_patch.evidence.scorer import first_line
 from ksl_patch.hf import generate, prompt_ids

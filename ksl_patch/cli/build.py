@@ -12,10 +12,13 @@ import click
 
 from ksl_patch.cli.options import (
     PATH_OR_ID,
+    base_model_option,
     base_option,
+    check_output,
     columns_option,
     device_option,
     json_option,
+    kept_run,
     new_patch_options,
     one_or_several,
     revision_option,
@@ -47,7 +50,7 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
 
 @click.command(context_settings={"show_default": True})
 @base_option("Base model: a local folder or a Hub id.", required=True)
-@click.option("--base-model", metavar="ID", help="The base's id on the Hub, for the patch, where --base is a folder.")
+@base_model_option()
 @revision_option()
 @click.option(
     "--pairs",
@@ -177,10 +180,7 @@ def build(
     """
     if more:
         raise click.UsageError(f"there is no option before {more[0]!r}: write --pairs before each of several files.")
-    if output.exists() and not force:
-        raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name.")
-    if not output.parent.is_dir():
-        raise click.UsageError(f"the folder {output.parent} does not exist.")
+    check_output(output, force)
     if options["selection"] == "single" and (options["alpha"], options["top_k"]) != (None, None):
         raise click.UsageError("--selection single takes one row: leave out --alpha and --top-k.")
     if options["selection"] not in ("ks", "single") and options["top_k"] is None:
@@ -195,7 +195,7 @@ def build(
     if options["alpha"] is None and options["top_k"] is None:
         del options["alpha"]  # the configuration's own
     options["name"] = options["name"] or output.stem
-    run = run or output.with_name(output.name + ".run")
+    run = run or kept_run(output)
 
     starting(as_json)
     try:

@@ -43,14 +43,14 @@ def certify(
     beside what was measured. The result goes into the patch's metadata.
     """
     with subject(reference, output=output, needs_build=True, as_json=as_json, **options) as it:
-        from ksl_patch.evidence.agreement import certify as compare
+        from ksl_patch.evidence.agreement import certify as certificate_of
         from ksl_patch.patch.evaluation import Certificate, write
         from ksl_patch.patch.meta import DEFAULT_ALPHA
 
         assert it.build is not None
         ticket = it.patch.meta.ticket
         replaced = it.check_replaces(it.replaced(Certificate))
-        result = compare(
+        result = certificate_of(
             it.build,
             it.patch,
             it.held_out,

@@ -87,19 +87,23 @@ def _versions() -> Iterator[Finding]:
     yield Finding("ksl-patch", "ok", f"{ksl_patch.__version__}, Python {platform.python_version()} in {sys.prefix}")
     yield Finding("torch", "ok", _version("torch") or "")
     for package, lowest, extra, what in (
-        ("transformers", 5, "train", "build, generate, attach"),
-        ("accelerate", 1, "train", "build"),
-        ("peft", 0, "peft", "import, export"),
+        ("transformers", "5.0", "train", "build, generate, attach"),
+        ("accelerate", "1.3", "train", "build"),
+        ("peft", "0.19", "peft", "import, export"),
     ):
         version = _version(package)
         if version is None:
             yield Finding(package, "absent", f"needed for {what}", f"pip install 'ksl-patch[{extra}]'")
-        elif int(version.split(".")[0]) < lowest:
+        elif _numbers(version) < _numbers(lowest):
             yield Finding(
                 package, "error", f"{version}: {lowest} is the oldest that works", f"pip install -U {package}"
             )
         else:
             yield Finding(package, "ok", version)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
 def _devices() -> Iterator[Finding]:

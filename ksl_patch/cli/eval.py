@@ -60,7 +60,7 @@ def eval(
             f"there is no control {sorted(unknown)[0]!r}: all, none, or some of {','.join(CONTROLS)},single."
         )
     with subject(reference, output=output, needs_build=False, as_json=as_json, **options) as it:
-        from ksl_patch.evidence.compare import evaluate
+        from ksl_patch.evidence.evaluate import evaluate
         from ksl_patch.evidence.outputs import Cache
         from ksl_patch.evidence.systems import make_systems
 
@@ -108,9 +108,9 @@ def table(evaluation: Evaluation, width: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from ksl_patch.patch.wording import against, from_base, of_seeds, show
+    from ksl_patch.patch.wording import against, from_base, level_of, of_seeds, show
 
-    level = f"{evaluation.confidence or 0:.0%} interval"
+    level = f"{level_of([evaluation.confidence or 0])} interval"
     seeds = max((len(system.seeds) for system in evaluation.systems), default=1)
     several = f" and, below the value, the range of {seeds} training seeds" if seeds > 1 else ""
     title = f"{evaluation.what}; in brackets the {level}{several}"

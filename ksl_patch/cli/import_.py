@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ksl_patch.cli.options import base_option, json_option, new_patch_options, revision_option, starting
+from ksl_patch.cli.options import (
+    base_model_option,
+    base_option,
+    check_output,
+    json_option,
+    new_patch_options,
+    revision_option,
+    starting,
+)
 from ksl_patch.terminal import counted
 
 if TYPE_CHECKING:
@@ -32,7 +40,7 @@ if TYPE_CHECKING:
 @click.option(
     "--source-language", default="en", metavar="L", help="Language of the sentences in a plain or chat template."
 )
-@click.option("--base-model", metavar="ID", help="The base's id on the Hub, for the patch, where --base is a folder.")
+@base_model_option()
 @click.option("--licence", metavar="L", help="Its licence, an SPDX identifier.")
 @json_option()
 def import_(
@@ -47,8 +55,7 @@ def import_(
     from ksl_patch.hf.loading import load_tokenizer
     from ksl_patch.interop import peft
 
-    if output.exists() and not force:
-        raise PatchError(f"{output} exists: give another name, or --force to replace it.")
+    check_output(output, force)
     if not peft.names_tokens(peft.read_config(adapter)):
         raise PatchError(f"{adapter} has no trained tokens: a patch is made from PEFT's TrainableTokens.")
     check_base_model(base_model)
@@ -87,17 +94,19 @@ def import_(
 
 def _check_template(kind: str, source: str, language: str | None) -> None:
     """Raise for what `build` would not train with, before anything is loaded."""
+    from ksl_patch.data.languages import check_languages, language_name
     from ksl_patch.errors import RunError
 
     try:
-        from ksl_patch.data.languages import check_languages
+        if kind in ("plain", "chat"):
+            check_languages(source, language or "")
+        else:
+            language_name(source)
     except ImportError as error:
         raise click.ClickException(
             f"--template needs the train extra: pip install 'ksl-patch[train]' ({error})."
         ) from error
-    if kind in ("plain", "chat"):
-        check_languages(source, language or "")
-    elif "{target}" in kind:
+    if kind not in ("plain", "chat") and "{target}" in kind:
         raise RunError("the template must not hold the answer: remove {target}.")
 
 

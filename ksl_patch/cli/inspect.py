@@ -64,7 +64,7 @@ def _print(patch: Patch, size: int, limit: int) -> None:
     from rich.table import Table
 
     from ksl_patch.errors import PatchError
-    from ksl_patch.patch.evaluation import Evaluation, in_words, read
+    from ksl_patch.patch.evaluation import Evaluation, read
     from ksl_patch.patch.wording import occurrence_table, which_occur
     from ksl_patch.terminal import PlainConsole, counted
     from ksl_patch.words import explain
@@ -101,20 +101,18 @@ def _print(patch: Patch, size: int, limit: int) -> None:
         fact("training", f"{t.mode}, read {t.read}, {t.embed_steps} embedding steps at lr {t.embed_lr:.3g}, "
              f"{t.steps} row steps at lr {t.lr:.3g}, seed {t.seed}")  # fmt: skip
         fact("optimiser", t.settings or None)
-    if meta.evaluation and {"loss_base", "loss_patch"} <= meta.evaluation.keys():
-        e = meta.evaluation
-        on = in_words(e["pairs"], e.get("part"))
-        fact("loss", f"{e['loss_base']:.3f} base, {e['loss_patch']:.3f} patch, on {on}")
+    try:
+        evaluation = read(Evaluation, meta.evaluation)
+    except PatchError:  # another tool's
+        evaluation = None
+    if evaluation is not None:
+        fact("loss", f"{evaluation.loss_base:.3f} base, {evaluation.loss_patch:.3f} patch, on {evaluation.what}")
     if meta.origin:
         fact("merged from", ", ".join(f"{o.name} {o.digest[:12]} ({len(o.token_ids)} rows)" for o in meta.origin))
     fact("licence", meta.licence)
     fact("created", meta.created)
     console.print(facts)
 
-    try:
-        evaluation = read(Evaluation, meta.evaluation)
-    except PatchError:  # another tool's
-        evaluation = None
     parts, occur = occurrence_table(evaluation)
     rows = sorted(patch.row_facts(), key=lambda row: -(row["statistic"] or 0))
     table = Table(box=None, pad_edge=False)

@@ -14,10 +14,12 @@ import click
 from ksl_patch.cli.options import (
     PATH_OR_ID,
     base_option,
+    check_output,
     columns_option,
     device_option,
     force_option,
     json_option,
+    kept_run,
     one_or_several,
     output_option,
     starting,
@@ -175,9 +177,9 @@ def subject(
     from ksl_patch.store.sign import signature_path
 
     path, patch, _ = resolve(reference)
-    own = path == Path(reference)
+    is_file = path == Path(reference)
     target = None if no_save else output or path
-    if target is not None and output is None and not own:
+    if target is not None and output is None and not is_file:
         raise click.UsageError(f"{reference} is not a file of yours to write to: give -o FILE, or --no-save.")
     if target is not None and signature_path(target).exists():
         raise click.UsageError(
@@ -187,11 +189,13 @@ def subject(
         raise click.UsageError("--part says which pairs of the build, and --test gives others: give one of the two.")
     if group and not test:
         raise click.UsageError("--group is a column of --test; the build knows its own.")
-    if output is not None and output.exists() and not no_save and not force:
-        raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name.")
+    if tuple(columns) != ("source", "target") and not test:
+        raise click.UsageError("--columns are those of --test; the build knows its own.")
+    if output is not None and not no_save:
+        check_output(output, force)
     if alone and (not (base and test) or run):
         raise click.UsageError("--alone measures the patch with --base M and --test G, and takes no --run.")
-    run = run or path.with_name(path.name + ".run")
+    run = run or kept_run(path)
     built = run.is_dir() and not alone
     if not built and (needs_build or not (base and test)):
         otherwise = "" if needs_build else ", or measure the patch alone with --base M --test G"
@@ -199,11 +203,14 @@ def subject(
             f"{run}, the folder that the patch's build kept, is not there: name it with --run{otherwise}."
         )
 
+    if pairs and not built:
+        raise click.UsageError("--pairs are those that the patch's build had, and this measures it without its build.")
+
     starting(as_json)
     try:
         from ksl_patch.data.columns import Columns
         from ksl_patch.data.reading import read_pairs
-        from ksl_patch.evidence.compare import encode_test
+        from ksl_patch.evidence.evaluate import encode_test
         from ksl_patch.hf import load_base
         from ksl_patch.train.progress import RichReporter
         from ksl_patch.train.reopen import reopen

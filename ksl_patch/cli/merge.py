@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from ksl_patch.cli.options import REFERENCE, json_option, new_patch_options
+from ksl_patch.cli.options import REFERENCE, check_output, json_option, new_patch_options
 
 
 @click.command()
@@ -33,8 +33,7 @@ def merge(
     from ksl_patch.merge import merge as join
     from ksl_patch.store.references import load
 
-    if output.exists() and not force:
-        raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name.")
+    check_output(output, force)
     a, b = load(first), load(second)
     patch = join(a, b, name=name or output.stem, policy=on_conflict)
     patch.save(output)

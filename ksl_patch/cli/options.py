@@ -1,4 +1,4 @@
-"""What several commands have: options, and the kinds of their values, which a shell completes."""
+"""What several commands share: options, the kinds of values that a shell completes, and checks before they begin."""
 
 from __future__ import annotations
 
@@ -116,6 +116,25 @@ def new_patch_options(metavar: str) -> Decorator:
         return output_option(metavar, "Patch to write.", required=True)(named)
 
     return decorate
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Raise UsageError, before anything is computed, where a file cannot be written, or would be replaced."""
+    if output.exists() and not force:
+        raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name.")
+    if not output.parent.is_dir():
+        raise click.UsageError(f"the folder {output.parent} does not exist.")
+
+
+def kept_run(patch: Path) -> Path:
+    """The folder that the build of a patch kept, where nobody names it."""
+    return patch.with_name(f"{patch.name}.run")
+
+
+def base_model_option() -> Decorator:
+    """`--base-model ID`."""
+    what = "The base's id on the Hub, for the patch, where --base is a folder."
+    return click.option("--base-model", metavar="ID", help=what)
 
 
 def starting(as_json: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ksl_patch.cli.options import REFERENCE, force_option, json_option, output_option
+from ksl_patch.cli.options import REFERENCE, force_option, json_option, kept_run, output_option
 
 
 @click.command()
@@ -33,6 +33,7 @@ def report(
     """
     try:
         from ksl_patch.report.page import AllRows, make_report, write_report
+        from ksl_patch.train.record import has_record
     except ImportError as error:
         raise click.ClickException(
             f"reports need the report extra: pip install 'ksl-patch[report]' ({error})."
@@ -48,8 +49,8 @@ def report(
         raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name with -o.")
     rows = []
     for i, each in enumerate(found):
-        run = runs[i] if runs else each.path.with_name(each.path.name + ".run")
-        rows.append(AllRows.of(each.patch, run) if run.is_dir() else None)
+        run = runs[i] if runs else kept_run(each.path)
+        rows.append(AllRows.of(each.patch, run) if runs or has_record(run, each.patch.digest) else None)
     page = make_report([each.patch for each in found], rows)
     write_report(output, page)
     if as_json:

@@ -110,6 +110,8 @@ def serve(
 
     A request picks a patch by `"model": NAME`; "model": BASE is the base itself.
     """
+    if as_json and not dry_run:
+        raise click.UsageError("--json prints the command of --dry-run: add that, or leave it out.")
     if not dry_run:
         _check_installed()
     flags = list(ctx.args)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ksl_patch.data.columns import SOURCES, TARGETS, Languages
-from ksl_patch.data.languages import says_language
+from ksl_patch.data.columns import SOURCES, TARGETS
+from ksl_patch.data.languages import Languages, says_language
 from ksl_patch.data.records import Record
 from ksl_patch.data.text_files import lines_of, unpacked
 from ksl_patch.errors import DataError

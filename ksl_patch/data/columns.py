@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ksl_patch.data.languages import agree, is_tag
+from ksl_patch.data.languages import Languages, agree, is_tag
 from ksl_patch.data.pairs import Pair
 from ksl_patch.errors import DataError
 
@@ -15,8 +15,6 @@ SOURCES = frozenset(["source", "src", "prompt", "input", "query", "question", "o
 TARGETS = frozenset(["target", "tgt", "trg", "completion", "output", "response", "answer", "translation", "reference"])
 _NAMES = SOURCES | TARGETS | {"text", "texte", "texto", "sentence", "sent", "mt", "ref", "id", "quelle", "quelltext"}
 _NAMES |= {"ausgangstext", "ziel", "zieltext", "origen", "destino", "fuente", "cible", "traduction"}
-
-Languages = tuple[str | None, str | None]
 
 
 class Columns(NamedTuple):

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from ksl_patch.data.columns import Columns, Languages, Naming, are_names
+from ksl_patch.data.columns import Columns, Naming, are_names
+from ksl_patch.data.languages import Languages
 from ksl_patch.data.records import Record, Wrong
 from ksl_patch.data.text_files import lines_of, text_of
 from ksl_patch.errors import DataError

@@ -6,6 +6,8 @@ import re
 
 from ksl_patch.errors import DataError, RunError
 
+Languages = tuple[str | None, str | None]  # tags of source and target, as far as they are known
+
 
 def language_name(tag: str) -> str:
     """The English name of a BCP 47 language tag: "sw" -> "Swahili". Raises DataError."""
@@ -23,11 +25,11 @@ def language_name(tag: str) -> str:
 def check_languages(source: str, target: str) -> None:
     """Raise DataError for what is no language's tag, RunError for one language twice."""
     names = language_name(source), language_name(target)
-    if same_language(source, target):
+    if _same_language(source, target):
         raise RunError(f"source and target are both {names[1]}: name another language.")
 
 
-def same_language(one: str, other: str) -> bool:
+def _same_language(one: str, other: str) -> bool:
     """Whether two BCP 47 tags are of one language in one script and region."""
     return _standard(one) == _standard(other)
 

@@ -10,9 +10,9 @@ from itertools import chain
 from pathlib import Path
 
 from ksl_patch.data.aligned import read_aligned
-from ksl_patch.data.columns import Columns, Languages, Naming
+from ksl_patch.data.columns import Columns, Naming
 from ksl_patch.data.delimited import csv_rows, tsv_rows, under_names
-from ksl_patch.data.languages import says_language
+from ksl_patch.data.languages import Languages, says_language
 from ksl_patch.data.pairs import Pair
 from ksl_patch.data.records import Record, Wrong, read_dataset, read_json, read_parquet
 from ksl_patch.data.text_files import form_of, is_lines, is_packed

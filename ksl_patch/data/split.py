@@ -15,8 +15,8 @@ from ksl_patch.errors import DataError
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Pairs for training, for choices between patches (dev), and for the figures (held_out).
+class PairSplit:
+    """PairSplit for training, for choices between patches (dev), and for the figures (held_out).
 
     No source is in two of them. duplicates: how many were left out since their source occurs before. unused: how many
     belong to what is held out (a document, a source) and are not measured.
@@ -29,7 +29,7 @@ class Pairs:
     unused: int
 
 
-def split_pairs(pairs: Sequence[Pair], *, held_out: int, dev: int = 0, seed: int = 0) -> Pairs:
+def split_pairs(pairs: Sequence[Pair], *, held_out: int, dev: int = 0, seed: int = 0) -> PairSplit:
     """Drop repeated sources, set `held_out` and `dev` pairs aside, keep the others to train.
 
     A hash of a pair's source, or of its document where it has one, says on which side it is: another pair in the file
@@ -65,7 +65,7 @@ def split_pairs(pairs: Sequence[Pair], *, held_out: int, dev: int = 0, seed: int
     choice = [pair for pair in parts[1] if pair.key not in known][:dev]
     known |= {pair.key for pair in parts[1]}
     train = [pair for pair in kept[begin:] if pair.key not in known]
-    return Pairs(
+    return PairSplit(
         train=train,
         dev=choice,
         held_out=test,

@@ -48,7 +48,7 @@ def make_template(
     messages.append({"role": "user", "content": f"{asked}{{source}}"})
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        before, end = turn_around(tokenizer, messages, text)
+        before, end = _turn_around(tokenizer, messages, text)
         probe = tokenizer.apply_chat_template([{"role": "user", "content": _PROBE}], tokenize=False)
     except Exception as error:  # the template's own words, in an exception of jinja's or of another kind
         raise RunError(f"this base's chat template refuses the messages ({error}).") from error
@@ -80,7 +80,7 @@ def template_fields(kind: str, system: str | None) -> list[str]:
     return fields
 
 
-def turn_around(tokenizer: Any, messages: list[dict[str, str]], prompt: str) -> tuple[str, int | None]:
+def _turn_around(tokenizer: Any, messages: list[dict[str, str]], prompt: str) -> tuple[str, int | None]:
     """What the chat template puts between a prompt and an assistant's answer, and the token that it puts after it.
 
     messages: what the prompt is the rendering of. "" and None where the template does not tell.

@@ -10,7 +10,7 @@ import torch
 from ksl_patch.data.encoding import Encoded, Example, collate
 from ksl_patch.errors import RunError
 from ksl_patch.evidence.certificate import exact, ks_margin, lower_bound
-from ksl_patch.evidence.outputs import Cache, run, token_limit
+from ksl_patch.evidence.outputs import Cache, outputs_of, token_limit
 from ksl_patch.hf import attach
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch
@@ -44,10 +44,10 @@ def certify(
     tuned = build.embedding_patch()
     prompts = [example.prompt for example in held_out.examples]
     build.reporter.note("next_tokens", f"Comparing the next token after {len(prompts)} prompts ...")
-    tokens, margins = next_tokens(build.model, held_out.examples, tuned)
-    patched, _ = next_tokens(build.model, held_out.examples, patch)
+    tokens, margins = _next_tokens(build.model, held_out.examples, tuned)
+    patched, _ = _next_tokens(build.model, held_out.examples, patch)
     outputs = [
-        run(
+        outputs_of(
             build.model, build.tokenizer, held_out, each, max_new_tokens=max_new_tokens, cache=Cache.of(build),
             reporter=build.reporter, stage=f"answers: {name}",
         ).token_ids
@@ -82,7 +82,7 @@ def certify(
 
 
 @torch.no_grad()
-def next_tokens(
+def _next_tokens(
     model: Any, examples: Sequence[Example], patch: Patch, *, batch_size: int = 16
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The greedy token after each prompt, int64 [n], and its probability minus that of the second, float32 [n]."""

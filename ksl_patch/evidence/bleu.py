@@ -1,4 +1,4 @@
-"""BLEU over the words of a language: sacrebleu's, with the tokenizer that is at hand, and a note of which that is."""
+"""sacrebleu's BLEU: over Flores' pieces where their model is at hand, else over a language's words, with a note."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ksl_patch.atomic import write_atomically
 from ksl_patch.base.tensors import dtype_name
 from ksl_patch.data.encoding import Encoded, Example
 from ksl_patch.hf import Completion, attach, generate
@@ -23,6 +22,7 @@ from ksl_patch.patch import Patch
 from ksl_patch.train.build import Build
 from ksl_patch.train.loss import answer_losses
 from ksl_patch.train.progress import Reporter, SilentReporter
+from ksl_patch.train.record import keep
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ class Cache:
     def file(self, *key: Any) -> Path:
         """The file of a result that depends on the key besides."""
         text = json.dumps([_OUTPUTS, self.base, *key])
-        self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
@@ -88,7 +87,7 @@ def translate(
     )  # fmt: skip
 
 
-def run(
+def outputs_of(
     model: Any,
     tokenizer: Any,
     held_out: Encoded,
@@ -124,7 +123,7 @@ def run(
     reporter.end()
     outputs = of_completions(completions, losses, tokens)
     if file is not None:
-        write_atomically(file, json.dumps(asdict(outputs), ensure_ascii=False).encode())
+        keep(file, json.dumps(asdict(outputs), ensure_ascii=False).encode())
     return outputs
 
 

@@ -108,3 +108,8 @@ def of_seeds(metric: str, figure: Figure | None) -> str:
 def signed(metric: str, value: float) -> str:
     """A difference in a metric's format, with its sign."""
     return show(metric, value, "+")
+
+
+def level_of(found: list[float]) -> str:
+    """The level of intervals in words: "95%", "90% and 95%"."""
+    return " and ".join(f"{100 * level:.10g}%" for level in sorted(set(found)))

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ksl_patch.patch import Patch
-from ksl_patch.patch.evaluation import Evaluation, Figure, read
-from ksl_patch.report.figures import Dot, Picture, dot_plot
-
-_PLOTTED = ("loss", "chrf_first_line", "chrf", "bleu_first_line", "stop_rate", "in_language", "characters")
+from ksl_patch.patch.evaluation import Evaluation, read
+from ksl_patch.patch.wording import level_of
+from ksl_patch.report.figures import dots
 
 
 def compare(patches: Sequence[Patch]) -> dict[str, Any]:
@@ -51,21 +50,6 @@ def compare(patches: Sequence[Patch]) -> dict[str, Any]:
         )
         <= 1,
     }
-
-
-def dots(name: str, lines: Sequence[tuple[str, dict[str, Figure], str]]) -> list[Picture]:
-    """A dot plot of each metric. lines: label, figures and kind of what is compared with the base."""
-    pictures = []
-    for metric in _PLOTTED:
-        found = [Dot(label, figures[metric], kind) for label, figures, kind in lines if metric in figures]
-        if found:
-            pictures.append(dot_plot(f"{name}-{metric}", metric, found))
-    return pictures
-
-
-def level_of(found: list[float]) -> str:
-    """The level of intervals in words: "95%", "90% and 95%"."""
-    return " and ".join(f"{100 * level:.10g}%" for level in sorted(set(found)))
 
 
 def _training(patch: Patch) -> str:

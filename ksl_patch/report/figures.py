@@ -26,6 +26,7 @@ from ksl_patch.patch.wording import show
 
 _INK, _GRID, _ACCENT, _OTHER = "#010203", "#040506", "#070809", "#0a0b0c"
 _VARIABLES = {_INK: "var(--ink)", _GRID: "var(--grid)", _ACCENT: "var(--accent)", _OTHER: "var(--other)"}
+_PLOTTED = ("loss", "chrf_first_line", "chrf", "bleu_first_line", "stop_rate", "in_language", "characters")
 _CLOUD = "#888888"  # the points that are a picture inside the picture: seen on light and dark
 _STYLE = {
     "svg.fonttype": "none",
@@ -199,3 +200,13 @@ def _picture(figure: Figure, name: str, title: str, description: str) -> Picture
         f'<title id="{name}-title">{html.escape(title)}</title><desc id="{name}-desc">{html.escape(description)}</desc>'
     )
     return Picture(head + body, title, description)
+
+
+def dots(name: str, lines: Sequence[tuple[str, dict[str, Score], str]]) -> list[Picture]:
+    """A dot plot of each metric. lines: label, figures and kind of what is compared with the base."""
+    pictures = []
+    for metric in _PLOTTED:
+        found = [Dot(label, figures[metric], kind) for label, figures, kind in lines if metric in figures]
+        if found:
+            pictures.append(dot_plot(f"{name}-{metric}", metric, found))
+    return pictures

@@ -24,14 +24,15 @@ from ksl_patch.patch.wording import (
     against,
     from_base,
     interval,
+    level_of,
     occurrence_table,
     of_seeds,
     show,
     where_from,
     which_occur,
 )
-from ksl_patch.report.comparison import compare, dots, level_of
-from ksl_patch.report.figures import Picture, histogram, quoted, volcano
+from ksl_patch.report.comparison import compare
+from ksl_patch.report.figures import Picture, dots, histogram, quoted, volcano
 from ksl_patch.train.record import read_record, read_tests
 
 _HISTOGRAMS = 6

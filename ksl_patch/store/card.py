@@ -11,7 +11,7 @@ from ksl_patch.errors import HubError, PatchError
 from ksl_patch.patch import Patch
 from ksl_patch.patch.evaluation import Evaluation, Figure, read
 from ksl_patch.patch.file import SUFFIX
-from ksl_patch.patch.wording import against, of_seeds, where_from, with_interval
+from ksl_patch.patch.wording import against, level_of, of_seeds, where_from, with_interval
 
 CARD = "README.md"
 _TAGS = ("embedding-patch", "ks-lottery")
@@ -143,7 +143,7 @@ def _figures(value: dict[str, Any] | None) -> str:
         where = "as the file has it" if evaluation is None else f"on {evaluation.what}"
         return markdown_table((where, ""), rows) if rows else ""
     head = ("", *evaluation.metrics.values())
-    level = f"{evaluation.confidence or 0:.0%}"
+    level = level_of([evaluation.confidence or 0])
     how = (
         f"On {evaluation.what}, greedy, at most {evaluation.max_new_tokens} new tokens; in brackets "
         f"the {level} interval of the difference from the base (paired bootstrap)."

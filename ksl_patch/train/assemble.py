@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ksl_patch.base import find_embedding
@@ -13,11 +14,8 @@ from ksl_patch.train.material import Material
 from ksl_patch.train.tune import optimiser
 
 
-def assemble(of: Material, ticket: Ticket, rows: torch.Tensor, embedding_rows: int) -> Patch:
-    """The patch of some rows, float32 [k, d], cast to the base's own dtype.
-
-    embedding_rows: how many the embedding tuning trained.
-    """
+def assemble(of: Material, ticket: Ticket, rows: torch.Tensor) -> Patch:
+    """The patch of some rows, float32 [k, d], cast to the base's own dtype."""
     config = of.config
     table = find_embedding(of.model)
     compute = table.weight.dtype
@@ -67,20 +65,19 @@ def assemble(of: Material, ticket: Ticket, rows: torch.Tensor, embedding_rows: i
             pairs_read=len(of.pairs_read_in(config.steps)) if partial else 0,
             embed_pairs_read=len(of.pairs_read_in(config.embed_steps)) if tuned else 0,
             processes=of.processes,
-            hyperparameters=_hyperparameters(of, len(ticket), partial, embedding_rows if tuned else None),
+            hyperparameters=_hyperparameters(of, len(ticket), partial, tuned),
             sources=sketch(read),
         ),
     )
 
 
-def _hyperparameters(
-    of: Material, rows: int, partial: bool, embedding_rows: int | None
-) -> dict[str, int | float | str | bool]:
+def _hyperparameters(of: Material, rows: int, partial: bool, tuned: bool) -> dict[str, int | float | str | bool]:
     """What the optimiser of the rows was set to; embed_: what is other in the embedding tuning before."""
     config, d = of.config, of.base.hidden_size
     found = optimiser(rows * d, damp_rare=False) if partial else {}
-    if embedding_rows is not None:
-        embed = optimiser(embedding_rows * d, damp_rare=config.damp_rare)
+    if tuned:
+        n = np.count_nonzero(of.embed_counts) if config.side == "input" else of.base.vocab_size
+        embed = optimiser(int(n) * d, damp_rare=config.damp_rare)
         found = found or {key: value for key, value in embed.items() if key != "adam_epsilon"}
         found |= {"damp_rare": config.damp_rare, "embed_adam_epsilon": embed["adam_epsilon"]}
     return found | {

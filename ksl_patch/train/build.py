@@ -1,4 +1,4 @@
-"""The whole build, stage by stage, and the rule for its rows: embedding tuning, KS test, partial tuning, patch.
+"""The stages of a build in their order, and the rule for its rows; what it works on is material.py's.
 
 Every stage keeps its result in the run folder under a name made from all that it depends on, so a build that
 was killed continues, and a build with another alpha uses the same embedding tuning.
@@ -9,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ksl_patch.atomic import write_atomically
-from ksl_patch.data.encoding import Encoded, token_counts
+from ksl_patch.data.encoding import Encoded
 from ksl_patch.errors import RunError
 from ksl_patch.hf import attach
 from ksl_patch.kstest import KSResult, ks_test
@@ -29,12 +28,12 @@ from ksl_patch.patch.meta import timestamp
 from ksl_patch.terminal import counted
 from ksl_patch.ticket import Selection, Ticket, frequency_ticket, ks_ticket, l2_ticket, random_ticket
 from ksl_patch.train.assemble import assemble
-from ksl_patch.train.config import BuildConfig, from_anywhere
+from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.loss import token_loss
 from ksl_patch.train.material import Material
 from ksl_patch.train.progress import Reporter, SilentReporter, noting_warnings
 from ksl_patch.train.record import Record, keep, note_use, read_tests, write_record
-from ksl_patch.train.ticket_checks import given, report_weak_rows
+from ksl_patch.train.ticket_checks import given, report_weak_rows, template_tokens
 from ksl_patch.train.tune import TuneSettings, tune_rows
 
 
@@ -49,27 +48,14 @@ def build(config: BuildConfig, run: Path, reporter: Reporter | None = None) -> P
 class Build(Material):
     """A build whose stages are computed once, on demand, and kept in the run folder."""
 
-    @cached_property
-    def embed_counts(self) -> np.ndarray:
-        """How often the embedding tuning read each token where a patch acts, int64 [V]."""
-        return self._counts(self.config.embed_steps)
-
-    @cached_property
-    def counts(self) -> np.ndarray:
-        """The same for the tuning that gives the patch its rows: only rows that were read get a gradient."""
-        return self._counts(self.config.steps) if self.config.mode == "partial" else self.embed_counts
-
-    def _counts(self, steps: int) -> np.ndarray:
-        return token_counts(self.read_in(steps), self.base.vocab_size, prompt_only=self.config.scope == "prompt")
-
     def patch(self) -> Patch:
         """Run whatever is not done yet, and measure the loss of the result on the dev pairs."""
         patch = self.patch_of(self.ticket())
         patch = patch.with_meta(evaluation=self.losses(patch), created=self._created(patch.digest))
         config = asdict(self.config)
-        config["base"] = from_anywhere(config["base"])
+        config["base"] = _from_anywhere(config["base"])
         pairs = config["pairs"]
-        config["pairs"] = from_anywhere(pairs) if isinstance(pairs, str) else tuple(map(from_anywhere, pairs))
+        config["pairs"] = _from_anywhere(pairs) if isinstance(pairs, str) else tuple(map(_from_anywhere, pairs))
         tested = (self._embedding_folder / "ks.npz").is_file()
         tests = self._embedding_folder.name if tested else None
         write_record(self.run, patch.digest, Record(config, tests, self.examples_digest, self.machine))
@@ -124,7 +110,7 @@ class Build(Material):
         np.savez(
             content, statistic=statistic, pvalue=pvalue, hidden_size=self.base.hidden_size, counts=self.embed_counts
         )
-        write_atomically(file, content.getvalue())
+        keep(file, content.getvalue())
         return KSResult(statistic, pvalue, self.base.hidden_size)
 
     def ticket(self, selection: Selection | None = None, k: int | None = None) -> Ticket:
@@ -137,7 +123,7 @@ class Build(Material):
         selection = selection or ("given" if config.rows else config.selection)
         k = k or config.top_k
         if selection == "given":
-            return given(self, self.counts)
+            return given(self)
         if selection == "single":
             return self._single()
         if selection == "ks":
@@ -160,7 +146,7 @@ class Build(Material):
         """
         if not len(self.dev):
             raise RunError("the selection 'single' compares rows on the dev pairs, and there are none: give --dev.")
-        candidates, losses = self.template_tokens(), []
+        candidates, losses = template_tokens(self), []
         for place, i in enumerate(candidates, start=1):
             loss = self.patched_loss(self.patch_of(Ticket(np.array([i]), "single")))
             losses.append(loss)
@@ -193,8 +179,7 @@ class Build(Material):
 
     def patch_from(self, ticket: Ticket, rows: torch.Tensor) -> Patch:
         """The patch of some rows, float32 [k, d], cast to the base's own dtype."""
-        trained = np.count_nonzero(self.embed_counts) if self.config.side == "input" else self.base.vocab_size
-        return assemble(self, ticket, rows, int(trained))
+        return assemble(self, ticket, rows)
 
     def _created(self, digest: str) -> str:
         """When a build ended here with this patch and description first: one that is run again gives the same file."""
@@ -231,7 +216,7 @@ class Build(Material):
     def patched_loss(self, patch: Patch, pairs: Encoded | None = None) -> float:
         """Loss per answer token of the model with the patch's stored rows, on the dev pairs by default."""
         with attach(self.model) as handle, handle.serving(handle.bank.add(slot_rows(patch))):
-            return token_loss(self.model, (pairs or self.dev).examples, handle=handle)
+            return token_loss(self.model, (self.dev if pairs is None else pairs).examples, handle=handle)
 
     def note_use(self, pairs: Encoded, patch: Patch) -> int:
         """Remember that a patch was measured on pairs; how many patches of this run folder were on any of them."""
@@ -292,3 +277,8 @@ class Build(Material):
             "machine": asdict(self.machine),
             "token_ids": None if ticket is None else hashlib.sha256(ticket.token_ids.tobytes()).hexdigest(),
         }
+
+
+def _from_anywhere(path: str) -> str:
+    """A path from anywhere; what does not exist is an id on the Hub."""
+    return os.path.abspath(path) if Path(path).exists() else path  # noqa: PTH100 - a link's name says a form, too

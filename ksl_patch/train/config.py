@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
-from ksl_patch.patch import Patch, Scope, Side
+from ksl_patch.patch import Scope, Side
 from ksl_patch.patch.meta import DEFAULT_ALPHA
 from ksl_patch.ticket import DEFAULT_CAP, Selection
 
@@ -61,18 +59,3 @@ class BuildConfig:
     licence: str | None = None
     device: str | None = None
     base_model: str | None = None
-
-
-def selected_as(patch: Patch, config: BuildConfig) -> BuildConfig:
-    """The settings with the patch's own selection: two that gave the same rows share a digest, and so a record."""
-    ticket = patch.meta.ticket
-    if ticket is None:
-        return config
-    if ticket.selection == "given":
-        return replace(config, rows=tuple(patch.token_ids.tolist()))
-    return replace(config, rows=(), selection=ticket.selection, alpha=ticket.alpha, top_k=ticket.top_k)  # type: ignore[arg-type]
-
-
-def from_anywhere(path: str) -> str:
-    """A path from anywhere; what does not exist is an id on the Hub."""
-    return os.path.abspath(path) if Path(path).exists() else path  # noqa: PTH100 - a link's name says a form, too

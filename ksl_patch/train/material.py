@@ -9,13 +9,14 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ksl_patch.base import find_embedding
 from ksl_patch.base.model_id import check_base_model, is_hub_id, named_in_files
 from ksl_patch.base.tensors import dtype_name
 from ksl_patch.data.columns import Columns
-from ksl_patch.data.encoding import Encoded, Example, check_ids, encode, source_tokens
+from ksl_patch.data.encoding import Encoded, Example, check_ids, encode, token_counts
 from ksl_patch.data.languages import check_languages, language_name
 from ksl_patch.data.pairs import Pair
 from ksl_patch.data.reading import Reading, read_pairs
@@ -38,10 +39,12 @@ from ksl_patch.train.tune import autocasts
 class Material:
     """A build's base and pairs, ready after construction.
 
-    pairs, model, tokenizer, template, train, dev, held_out: what it works on. base: its identity. scale: the standard
-    deviation of its table's values. processes: how many train together.
-    loaded: the base, where it is at hand. reopened: where its patch was trained; stages that were finished there, or on
-    another kind of machine, are used then. template: where it is known; a chat template may render otherwise today.
+    pairs, train, dev, held_out: the pairs, and those that are not too long as token ids. model, tokenizer, template:
+    what they are put into. base: the model's identity. scale: the standard deviation of its table's values. processes:
+    how many train together.
+    Its arguments: loaded: the base, where it is at hand. reopened: where its patch was trained; stages that were
+    finished there, or on another kind of machine, are used then. template: where it is known, since a chat template may
+    render otherwise today.
     """
 
     def __init__(
@@ -149,12 +152,11 @@ class Material:
 
     def read_in(self, steps: int) -> list[Example]:
         """What so many steps of a tuning read, in that order, with repetitions."""
-        return [self.train.examples[i] for i in reading_order(len(self.train), steps * self.batch, self.config.seed)]
+        return [self.train.examples[i] for i in self.order(steps)]
 
     def pairs_read_in(self, steps: int) -> list[Pair]:
         """The different pairs that so many steps of a tuning read."""
-        order = reading_order(len(self.train), steps * self.batch, self.config.seed)
-        return [self.train.pairs[i] for i in dict.fromkeys(order)]
+        return [self.train.pairs[i] for i in dict.fromkeys(self.order(steps))]
 
     @cached_property
     def examples_digest(self) -> str:
@@ -166,29 +168,27 @@ class Material:
         weight = find_embedding(self.model).weight.detach()
         return weight[token_ids.to(weight.device)].float().cpu()
 
+    @cached_property
+    def embed_counts(self) -> np.ndarray:
+        """How often the embedding tuning read each token where a patch acts, int64 [V]."""
+        return self._counts(self.config.embed_steps)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """The same for the tuning that gives the patch its rows: only rows that were read get a gradient."""
+        return self._counts(self.patch_steps)
+
+    def _counts(self, steps: int) -> np.ndarray:
+        return token_counts(self.read_in(steps), self.base.vocab_size, prompt_only=self.config.scope == "prompt")
+
+    def order(self, steps: int) -> list[int]:
+        """Which training pairs so many steps read, in that order."""
+        return reading_order(len(self.train), steps * self.batch, self.config.seed)
+
     @property
-    def _patch_steps(self) -> int:
+    def patch_steps(self) -> int:
         """Steps of the tuning that gives the patch its rows."""
         return self.config.steps if self.config.mode == "partial" else self.config.embed_steps
-
-    def template_tokens(self, most: int | None = None) -> list[int]:
-        """The ids, ascending, that training reads in prompts around the sentence and what else is filled in.
-
-        most: look at so many pairs only. Raises RunError for a tokenizer that does not say which characters a token
-        covers.
-        """
-        found: set[int] = set()
-        for i in list(set(reading_order(len(self.train), self._patch_steps * self.batch, self.config.seed)))[:most]:
-            filled = source_tokens(self.tokenizer, self.template, self.train.pairs[i], fields=True)
-            if filled is None:
-                raise RunError(
-                    "the selection 'single' needs a fast tokenizer: others do not say which tokens are the template's."
-                )
-            prompt = self.train.examples[i].prompt
-            found.update(token for token, inside in zip(prompt, filled, strict=True) if not inside)
-        if not found:
-            raise RunError("the template has no token of its own around the sentence: 'single' has nothing to choose.")
-        return sorted(found)
 
     def encode(self, pairs: list[Pair], what: str, template: TemplateMeta | None = None) -> Encoded:
         """Pairs as token ids in a template, the build's own by default. Raises RunError when all are too long."""

@@ -38,7 +38,7 @@ class Machine:
 class Record:
     """config: the fields of the BuildConfig. tests: the stage's folder with `ks.npz`; None without a test.
 
-    examples: digest of what was trained on, as token ids. machine: what it was trained on; see `Build.machine`.
+    examples: digest of what was trained on, as token ids. machine: what it was trained on; see `Material.machine`.
     """
 
     config: dict[str, Any]
@@ -70,6 +70,11 @@ def keep(file: Path, content: bytes) -> None:
         write_atomically(file, content)
     except OSError as error:
         raise RunError(f"cannot keep the run in {file.parent}: {error.strerror or error}.") from error
+
+
+def has_record(run: Path, digest: str) -> bool:
+    """Whether a folder has the record of the patch with this digest."""
+    return _file(run, digest).is_file()
 
 
 def read_record(run: Path, digest: str) -> Record:

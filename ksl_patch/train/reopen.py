@@ -12,7 +12,7 @@ from ksl_patch.data.pairs import data_digest
 from ksl_patch.errors import DataError, RunError
 from ksl_patch.patch import Patch
 from ksl_patch.train.build import Build
-from ksl_patch.train.config import BuildConfig, selected_as
+from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.loaded import launched
 from ksl_patch.train.progress import Reporter, SilentReporter
 from ksl_patch.train.record import read_record
@@ -40,7 +40,7 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
     accumulate, rest = divmod(config.accumulate * processes, launched(config.device).num_processes)
     if rest:
         raise RunError(f"the patch was trained by {processes} processes: run this with one process, or so many.")
-    config = selected_as(patch, replace(config, accumulate=accumulate))
+    config = _selected_as(patch, replace(config, accumulate=accumulate))
     reporter, template = reporter or SilentReporter(), patch.meta.template
     build = Build(config, run, reporter, reopened=record.machine, template=template)
     training = patch.meta.training
@@ -64,3 +64,13 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
             "patch was trained: give --base the one it was trained on."
         )
     return build
+
+
+def _selected_as(patch: Patch, config: BuildConfig) -> BuildConfig:
+    """The settings with the patch's own selection: two that gave the same rows share a digest, and so a record."""
+    ticket = patch.meta.ticket
+    if ticket is None:
+        return config
+    if ticket.selection == "given":
+        return replace(config, rows=tuple(patch.token_ids.tolist()))
+    return replace(config, rows=(), selection=ticket.selection, alpha=ticket.alpha, top_k=ticket.top_k)  # type: ignore[arg-type]

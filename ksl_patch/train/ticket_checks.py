@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import numpy as np
 
+from ksl_patch.data.encoding import source_tokens
 from ksl_patch.errors import RunError
 from ksl_patch.patch.meta import DEFAULT_ALPHA
 from ksl_patch.terminal import counted
@@ -15,15 +16,12 @@ from ksl_patch.train.material import Material
 _LOOKED_AT = 64  # pairs, for what a template shows
 
 
-def given(of: Material, counts: np.ndarray) -> Ticket:
-    """The rows named by hand. Raises RunError where none of them gets a gradient, and says which do not.
-
-    counts: how often training reads each token where the patch acts, int64 [V].
-    """
+def given(of: Material) -> Ticket:
+    """The rows named by hand. Raises RunError where none of them gets a gradient, and says which do not."""
     ticket = given_ticket(of.config.rows, of.tokenizer, of.base.vocab_size)
     if of.config.side == "input+output":
         return ticket
-    unread = ticket.token_ids[counts[ticket.token_ids] == 0]
+    unread = ticket.token_ids[of.counts[ticket.token_ids] == 0]
     if len(unread):
         names = ", ".join(f"{of.tokenizer.decode([i])!r} ({i})" for i in unread)
         what = f"the training never reads {names} where the patch acts"
@@ -44,9 +42,29 @@ def report_weak_rows(of: Material, ticket: Ticket) -> None:
         )
         of.reporter.note("weak_rows", message, rows=weak, alpha=level)
     with suppress(RunError):  # a slow tokenizer, or a template without words
-        if not set(ticket.token_ids.tolist()) & set(of.template_tokens(_LOOKED_AT)):
+        if not set(ticket.token_ids.tolist()) & set(template_tokens(of, _LOOKED_AT)):
             message = (
                 "no row of the ticket is of the template around the sentence: the patch acts where a sentence or "
                 "an answer has these tokens, and nowhere else"
             )
             of.reporter.note("outside_template", message)
+
+
+def template_tokens(of: Material, most: int | None = None) -> list[int]:
+    """The ids, ascending, that training reads in prompts around the sentence and what else is filled in.
+
+    most: look at so many pairs only. Raises RunError for a tokenizer that does not say which characters a token
+    covers.
+    """
+    found: set[int] = set()
+    for i in list(set(of.order(of.patch_steps)))[:most]:
+        filled = source_tokens(of.tokenizer, of.template, of.train.pairs[i], fields=True)
+        if filled is None:
+            raise RunError(
+                "the selection 'single' needs a fast tokenizer: others do not say which tokens are the template's."
+            )
+        prompt = of.train.examples[i].prompt
+        found.update(token for token, inside in zip(prompt, filled, strict=True) if not inside)
+    if not found:
+        raise RunError("the template has no token of its own around the sentence: 'single' has nothing to choose.")
+    return sorted(found)

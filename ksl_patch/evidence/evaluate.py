@@ -11,7 +11,7 @@ from ksl_patch.data.encoding import Encoded, check_ids, encode, source_tokens
 from ksl_patch.data.pairs import Pair, distinct
 from ksl_patch.data.sketch import seen
 from ksl_patch.errors import DataError, RunError
-from ksl_patch.evidence.outputs import Cache, Outputs, run, token_limit
+from ksl_patch.evidence.outputs import Cache, Outputs, outputs_of, token_limit
 from ksl_patch.evidence.scorer import Scorer
 from ksl_patch.hf import end_token_id
 from ksl_patch.patch import Patch
@@ -51,7 +51,7 @@ def evaluate(
     max_new_tokens = max_new_tokens or token_limit(held_out)
 
     def of(patch: Patch | None, name: str) -> Outputs:
-        return run(
+        return outputs_of(
             model, tokenizer, held_out, patch, max_new_tokens=max_new_tokens, cache=cache, reporter=reporter,
             stage=f"answers: {SYSTEMS.get(name, name)}",
         )  # fmt: skip
@@ -79,7 +79,7 @@ def evaluate(
     guess = "The pairs' own language is not known here; it is taken to be English where an output's language is told."
     notes = [
         *scorer.notes, *([guess] if assumed else []), *_notes(scores, scorer, seeds, part, uses),
-        *limit_notes(held_out, max_new_tokens), *about_rows,
+        *_limit_notes(held_out, max_new_tokens), *about_rows,
     ]  # fmt: skip
     return Evaluation(
         pairs=len(held_out),
@@ -180,7 +180,7 @@ def _notes(scores: Sequence[SystemScores], scorer: Scorer, seeds: int, part: str
     return notes
 
 
-def limit_notes(held_out: Encoded, max_new_tokens: int) -> list[str]:
+def _limit_notes(held_out: Encoded, max_new_tokens: int) -> list[str]:
     """What is cut by a limit on new tokens."""
     longer = sum(len(example.answer) > max_new_tokens for example in held_out.examples)
     if not longer:
