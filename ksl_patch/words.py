@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from ksl_patch.patch.wording import P_RANKS
-
+# What a p-value of a ticket is.
+P_RANKS = (
+    "ranks the rows and is no calibrated probability: values before and after are paired, and the test takes them to "
+    "be independent"
+)
 WORDS = {
     "patch": "A file of embedding rows, each for one token of one base model, with which that base answers in another "
     "language. The base's own weights are not touched.",

@@ -267,6 +267,11 @@ def test_a_capacity_above_the_budget_is_refused():
         bank(capacity=1000, budget=1000)
 
 
+def test_a_budget_is_not_changed_behind_what_is_loaded():
+    with pytest.raises(AttributeError):
+        bank(budget=10_000).budget = 10
+
+
 def test_eviction_without_a_budget_is_refused():
     with pytest.raises(BankError, match="give one, budget=BYTES"):
         bank(evict=True)

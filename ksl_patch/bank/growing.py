@@ -53,7 +53,6 @@ class PatchBank:
     ) -> None:
         self.vocab_size, self.hidden_size, self.dtype = vocab_size, hidden_size, dtype
         self.device = torch.device(device)
-        self.budget, self.evict = budget, evict
         if evict and budget is None:
             raise BankError("evict=True moves patches out of a budget: give one, budget=BYTES.")
         self._turns = Turns()
@@ -77,6 +76,11 @@ class PatchBank:
     def tensors(self) -> BankTensors:
         """What a reader takes, once for each step."""
         return self._storage.tensors
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that rows and entries may take on the device; None for no limit."""
+        return self._storage.budget
 
     @property
     def generation(self) -> int:
@@ -175,7 +179,7 @@ class PatchBank:
             yield
         finally:
             if taken:
-                self._turns.note((taken, self._storage.reached(stream())), self._settle)
+                self._turns.note((taken, self._storage.reached(stream)), self._settle)
 
     def wait_for_writes(self, stream: Any = None) -> None:
         """On CUDA, let a stream (the current one by default) wait for all that was written; it reads from then on."""

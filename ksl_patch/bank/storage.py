@@ -257,12 +257,12 @@ class Storage:
         if self._ready is not None:
             reader.wait_event(self._ready)
 
-    def reached(self, reader: Any) -> torch.cuda.Event | None:
-        """What a reading stream, or for None the current one, has come to; None on a CPU."""
+    def reached(self, reader: Callable[[], Any]) -> torch.cuda.Event | None:
+        """What the stream that `reader` gives, or for None the current one, has come to; None on a CPU."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(reader or torch.cuda.current_stream(self._device))
+        event.record(reader() or torch.cuda.current_stream(self._device))
         return event
 
     def wait_for_readers(self, slot: Slot) -> None:

@@ -75,11 +75,13 @@ class Blocks:
         """A `with` block of a choice by names."""
         return _Using(lambda opener: self._opened(lambda: self.slots(names), opener))
 
-    def serving(self, slots: int | Sequence[int]) -> AbstractContextManager[None]:
+    @contextmanager
+    def serving(self, slots: int | Sequence[int]) -> Iterator[None]:
         """A `with` block of a choice by slots of the bank."""
         single = isinstance(slots, int)
         wanted: list[int] = [slots] if isinstance(slots, int) else list(slots)
-        return self._opened(lambda: (wanted, single))
+        with self._opened(lambda: (wanted, single)):
+            yield
 
     @contextmanager
     def marking(self, mask: torch.Tensor) -> Iterator[None]:

@@ -6,11 +6,6 @@ import re
 
 from ksl_patch.patch.evaluation import METRICS, Difference, Evaluation, Figure
 
-# What a p-value of a ticket is.
-P_RANKS = (
-    "ranks the rows and is no calibrated probability: values before and after are paired, and the test takes them to "
-    "be independent"
-)
 _NAMED = 24  # rows in a sentence; tables have all of them
 
 

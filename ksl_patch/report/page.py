@@ -20,7 +20,6 @@ from ksl_patch.patch import Patch
 from ksl_patch.patch.evaluation import METRICS, Certificate, Evaluation, Figure, read
 from ksl_patch.patch.meta import DEFAULT_ALPHA
 from ksl_patch.patch.wording import (
-    P_RANKS,
     against,
     from_base,
     interval,
@@ -34,6 +33,7 @@ from ksl_patch.patch.wording import (
 from ksl_patch.report.comparison import compare
 from ksl_patch.report.figures import Picture, dots, histogram, quoted, volcano
 from ksl_patch.train.record import read_record, read_tests
+from ksl_patch.words import P_RANKS
 
 _HISTOGRAMS = 6
 _ROWS = 24
