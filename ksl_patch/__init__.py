@@ -1,4 +1,4 @@
-"""Embedding patches: a handful of embedding rows that teach one language model another language."""
+"""Embedding patches: a handful of embedding rows with which a model answers in another of the languages it knows."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

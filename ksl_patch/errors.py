@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each carries one sentence that says what is wrong and what to do."""
+"""The errors a user can cause, each of one sentence that says what is wrong and what to do, and two warnings."""
 
 
 class KslPatchError(Exception):

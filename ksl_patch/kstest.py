@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numba import njit
 
-Table = torch.Tensor | np.ndarray
+_Table = torch.Tensor | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class KSResult:
 
 
 def ks_test(
-    before: Table, after: Table, *, chunk_rows: int | None = None, device: torch.device | str | None = None
+    before: _Table, after: _Table, *, chunk_rows: int | None = None, device: torch.device | str | None = None
 ) -> KSResult:
     """Test for each row whether the distribution of its values has shifted.
 
@@ -89,7 +89,7 @@ def critical_statistic(d: int, alpha: float) -> float | None:
     return float(significant[0]) / d if significant.size else None
 
 
-def _tensor(table: Table, name: str) -> torch.Tensor:
+def _tensor(table: _Table, name: str) -> torch.Tensor:
     if isinstance(table, np.ndarray):
         if table.dtype not in (np.float16, np.float32, np.float64):
             raise ValueError(f"{name} must be a table of floating-point numbers, not {table.dtype}.")

@@ -129,10 +129,15 @@ def merge(a: Patch, b: Patch, *, name: str, policy: Policy | None = None) -> Pat
             evaluation=None,
             certificate=None,
             created=timestamp(),
-            licence=None if None in licences else " AND ".join(str(licence) for licence in licences),
+            licence=None if None in licences else " AND ".join(map(_of_several, map(str, licences))),
             origin=_origin(a, kept) + _origin(b, taken),
         ),
     )
+
+
+def _of_several(licence: str) -> str:
+    """An SPDX expression as a part of a conjunction, where AND binds more than OR."""
+    return f"({licence})" if " OR " in licence.upper() else licence
 
 
 def token_texts(*patches: Patch) -> dict[int, str]:

@@ -88,7 +88,7 @@ class Overlay:
         embeddings: torch.Tensor,
         scale: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
-        """token_ids [B, T], embeddings [B, T, d] -> [B, T, d] with the patched rows, times the scale, in place."""
+        """token_ids [B, T], embeddings [B, T, d] -> [B, T, d] with the patched rows, times the scale."""
         bank = self.bank.tensors
         return replace_rows(embeddings, bank.lookup(slots, token_ids), bank.rows, scale)
 
@@ -124,7 +124,7 @@ class TrainedRows(nn.Module):
     def embed(
         self, token_ids: torch.Tensor, embeddings: torch.Tensor, scale: torch.Tensor | float | None = None
     ) -> torch.Tensor:
-        """token_ids [B, T], embeddings [B, T, d] -> [B, T, d] with the trained rows, times the scale, in place."""
+        """token_ids [B, T], embeddings [B, T, d] -> [B, T, d] with the trained rows, times the scale."""
         position = self.index[token_ids]
         if self._prompt_only:
             position = position.where(self.prompt, -1)

@@ -1,4 +1,4 @@
-"""Text from outside, such as a patch's template or a model's answer, on a terminal: as text and nothing else."""
+"""What is printed: text from outside shown as text and nothing else, and numbers of things in words."""
 
 from __future__ import annotations
 

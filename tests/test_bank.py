@@ -39,6 +39,7 @@ def expected(rows):
 def check_books(b):
     """Every row is a slot's or free, and the room that is taken is that of the slots."""
     on_device = [slot for slot in b._slots.values() if slot.bank_rows is not None]
+    assert list(map(id, on_device)) == [id(b._storage._placed[n]) for n, slot in b._slots.items() if slot in on_device]
     rows = [int(row) for slot in on_device for row in slot.bank_rows] + b._storage.free_rows
     assert sorted(rows) == list(range(len(b.tensors.rows)))
     for which, tensor in (("buckets", b.tensors.entries), ("outputs", b.tensors.outputs)):

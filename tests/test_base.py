@@ -7,7 +7,7 @@ from conftest import tiny_llama
 from test_patch import make_patch
 from torch import nn
 
-from ksl_patch import find_embedding, fingerprint, identify
+from ksl_patch import BaseIdentity, check_base, find_embedding, fingerprint, identify
 from ksl_patch.base.model_digests import tokenizer_digest
 from ksl_patch.errors import BaseMismatchError, OtherVocabularyWarning
 
@@ -117,3 +117,22 @@ def test_another_tokenizer_is_told_apart(tokenizer):
     assert tokenizer_digest(tokenizer) != tokenizer_digest(other)
     with pytest.warns(OtherVocabularyWarning, match="tokenizer's vocabulary"):
         patch.check(tiny_llama(), other)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_table_of_nothing_but_nan_is_another_base(plain):
+    class Broken:
+        vocab_size, hidden_size = 8, 4
+
+        def __init__(self):
+            self.plain = plain
+
+        def rows(self, token_ids):
+            return torch.full((len(token_ids), 4), torch.nan)
+
+    identity = BaseIdentity(
+        model_id=None, revision=None, fingerprint="0" * 64, vocab_size=8, hidden_size=4, dtype="bfloat16", tied=True,
+        tokenizer_digest=None,
+    )  # fmt: skip
+    with pytest.raises(BaseMismatchError, match="2 of the patch's 2 base rows differ"):
+        check_base(identity, torch.tensor([1, 2]), torch.randn(2, 4).bfloat16(), Broken())

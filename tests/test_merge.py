@@ -129,3 +129,11 @@ def test_the_command_line_compares_and_merges(model, tmp_path, tokenizer):
     assert [each["rows"] for each in json.loads(out)["origin"]] == [1, 2]
     code, out, _ = run_cli("inspect", paths[2], "--json")
     assert [each["name"] for each in json.loads(out)["origin"]] == ["a", "b"]
+
+
+def test_a_choice_of_licences_stays_one_beside_another(model):
+    a, b = (
+        Patch.from_model(model, [i], torch.randn(1, 32), name="x", licence=licence)
+        for i, licence in ((3, "MIT OR Apache-2.0"), (5, "CC-BY-4.0"))
+    )
+    assert merge(a, b, name="both").meta.licence == "(MIT OR Apache-2.0) AND CC-BY-4.0"

@@ -10,7 +10,7 @@ from ksl_patch.errors import BankError
 
 
 class Eviction:
-    """The slots of a storage that may go, the least recently used first.
+    """The way into a storage, and out of it: the slots that may go, the least recently used first.
 
     slots: all of the bank. evict: whether any may go, or a patch that does not fit is refused.
     """
@@ -88,11 +88,10 @@ class Eviction:
                 "are wanted at once: choose fewer in a batch, or raise the budget."
             )
 
-    def put_aside(self, number: int) -> torch.Tensor:
-        """Evict a slot that nobody holds; returns its rows on the host."""
-        rows = self._storage.to_host(number, self._slots[number])
+    def put_aside(self, number: int) -> None:
+        """Evict a slot that nobody holds."""
+        self._storage.to_host(number, self._slots[number])
         del self._idle[number]
-        return rows
 
     def _put_oldest_aside(self) -> bool:
         """Evict the slot that was used least recently, if patches may go and one is idle."""

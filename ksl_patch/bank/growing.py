@@ -33,7 +33,6 @@ class PatchBank:
         second copy that there is for a moment while tensors grow or are compacted; None for no limit.
     evict: with a budget, move the least recently used patches to (pinned) host memory instead of failing; they
         come back when they are used.
-    tensors: what a reader takes, once for each step.
 
     On CUDA all writes are on one stream of the bank's own. `hold` makes the reader's stream wait for them, and what
     held a slot is waited for before its rows are written again. Raises BankError when the capacity exceeds the budget.
@@ -140,13 +139,13 @@ class PatchBank:
                 return number
             # The two do not fit beside each other: the new one gets the room of the old one.
             self._eviction.to_go(new.room, slot)
-            kept = self._eviction.put_aside(slot)
+            self._eviction.put_aside(slot)
             try:
                 number = self._add(new, rows)
             except BaseException:
-                self._eviction.place(slot, old, kept)
+                assert old.host is not None
+                self._eviction.place(slot, old, old.host)
                 self._eviction.may_go(slot)
-                old.host = None
                 raise
             self.remove(slot)
             return number
@@ -174,7 +173,6 @@ class PatchBank:
                     entry = self._slots[number]
                     assert entry.host is not None
                     self._eviction.place(number, entry, entry.host)
-                    entry.host = None
             self.wait_for_writes(stream())
             yield
         finally:
@@ -183,7 +181,7 @@ class PatchBank:
 
     def wait_for_writes(self, stream: Any = None) -> None:
         """On CUDA, let a stream (the current one by default) wait for all that was written; it reads from then on."""
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # without waiting for a turn elsewhere
             with self._exclusive():
                 self._storage.wait_for_writes(stream)
 
@@ -197,14 +195,7 @@ class PatchBank:
             entry = self._entry(slot)
             if entry.bank_rows is None:
                 raise BankError(f"slot {slot} was evicted: hold it to bring it back.")
-            both = self._storage.read(entry)
-        k = len(entry.token_ids)
-        rows, head_rows = both[:k], both[k:]
-        if not entry.separate:
-            head_rows = rows
-        return self._storage.token_ids(entry), rows, head_rows if entry.output else None
-
-    # Everything below runs on the host, in `_exclusive`.
+            return self._storage.contents(entry)
 
     def _exclusive(self) -> AbstractContextManager[None]:
         """A `with` block in which this thread alone changes the bank."""

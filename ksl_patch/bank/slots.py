@@ -73,7 +73,7 @@ class Slot:
 
     @property
     def present(self) -> np.ndarray:
-        """The rows of a slot that is on the device."""
+        """The bank's lines that a slot on the device has its rows in, int64 [k] or [2k]."""
         assert self.bank_rows is not None
         return self.bank_rows
 

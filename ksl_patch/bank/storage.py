@@ -52,7 +52,7 @@ class Storage:
         sizes = Room(max(1, capacity), 1 + capacity // 2, 1 + heads * run_length(output_width))
         if capacity and not self.affords(sizes):
             raise BankError(
-                f"a capacity of {capacity:,} rows takes {self.counted(sizes):,} bytes, more than the budget of "
+                f"a capacity of {capacity:,} rows takes {self.nbytes_of(sizes):,} bytes, more than the budget of "
                 f"{budget:,}: reserve less, or raise the budget."
             )
         self.tensors = self._fresh(sizes, 1 + capacity // 8)
@@ -65,13 +65,13 @@ class Storage:
         """The sizes of the tensors."""
         return Room(len(self.tensors.rows), len(self.tensors.entries), len(self.tensors.outputs))
 
-    def counted(self, sizes: Room) -> int:
+    def nbytes_of(self, sizes: Room) -> int:
         """The bytes of tensors of these sizes that count against the budget."""
         return sizes.rows * self._hidden_size * self._dtype.itemsize + 8 * (WIDTH * sizes.buckets + sizes.outputs)
 
     def affords(self, sizes: Room) -> bool:
         """Whether the budget has tensors of these sizes."""
-        return self.budget is None or self.counted(sizes) <= self.budget
+        return self.budget is None or self.nbytes_of(sizes) <= self.budget
 
     def _wanted(self, room: Room, gone: Gone | None = None) -> Room:
         """The sizes that the tensors must have for a slot of this room, where all stays in its place but what goes."""
@@ -111,10 +111,10 @@ class Storage:
                 return
         # Compacting costs a copy of everything, so it is to last: an eighth of the budget is freed if patches may go.
         assert self.budget is not None
-        while self.counted(self.taken.plus(room)) > self.budget - self.budget // 8 and put_aside():
+        while self.nbytes_of(self.taken.plus(room)) > self.budget - self.budget // 8 and put_aside():
             pass
         least = self.taken.plus(room)
-        spare = self.budget / self.counted(least)
+        spare = self.budget / self.nbytes_of(least)
         filled = Room(*(int(lines * spare) for lines in least))
         self._compact(filled if self.affords(filled) else least, slots)
 
@@ -137,26 +137,24 @@ class Storage:
         except BaseException:
             self._give_back(room, taken, start, outputs)
             raise
-        slot.bank_rows, slot.buckets, slot.outputs = taken, start, outputs
+        slot.bank_rows, slot.buckets, slot.outputs, slot.host = taken, start, outputs, None
         self._placed[number] = slot
         self.taken = self.taken.plus(room)
 
-    def read(self, slot: Slot) -> torch.Tensor:
-        """All rows of a slot that is here, [k, d] or [2k, d]."""
-        return self.tensors.rows[self._to_device(slot.present)]
+    def contents(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Token ids int64 [k], rows [k, d], and the head's rows: None, the same tensor, or others."""
+        k, both = len(slot.token_ids), self.tensors.rows[self._to_device(slot.present)]
+        rows = both[:k]
+        head_rows = both[k:] if slot.separate else rows
+        return self._to_device(slot.token_ids), rows, head_rows if slot.output else None
 
-    def token_ids(self, slot: Slot) -> torch.Tensor:
-        """Its token ids on the device, int64 [k]."""
-        return self._to_device(slot.token_ids)
-
-    def to_host(self, number: int, slot: Slot) -> torch.Tensor:
-        """Move a slot that nobody holds to the host, in pinned memory beside CUDA; returns its rows there."""
+    def to_host(self, number: int, slot: Slot) -> None:
+        """Move a slot that nobody holds to the host, in pinned memory beside CUDA; `place` brings it back."""
         self.wait_for_readers(slot)
         with self._writing():
-            rows = self.read(slot).cpu()
+            rows = self.tensors.rows[self._to_device(slot.present)].cpu()
         slot.host = rows.pin_memory() if self._stream is not None else rows
         self.release(number, slot)
-        return slot.host
 
     def release(self, number: int, slot: Slot) -> None:
         """Make a slot find nothing, then give its rows and runs back."""
@@ -251,7 +249,9 @@ class Storage:
                 self._ready.record(self._stream)
 
     def wait_for_writes(self, reader: Any) -> None:
-        """On CUDA, let a stream, for None the current one, wait for all that was written; it reads from then on."""
+        """Let a stream, for None the current one, wait for all that was written; it reads from then on."""
+        if self._stream is None:
+            return
         reader = reader or torch.cuda.current_stream(self._device)
         self._readers.add(reader)
         if self._ready is not None:

@@ -14,7 +14,8 @@ Settle = Callable[[Any], None]
 class Turns:
     """The end of a hold may come from a finaliser, at any point of any thread, also in the middle of a change.
 
-    So it is only noted, and settled between two changes, without waiting for anybody.
+    So it is only noted, and settled between two changes, without waiting for anybody. What settles it comes with each
+    call: kept here, it would keep the bank, and its memory, until the garbage collector comes.
     """
 
     def __init__(self) -> None:

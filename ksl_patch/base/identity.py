@@ -22,7 +22,7 @@ _ROUNDING = 2.0**-8
 class Table(Protocol):
     """A table of which rows can be read: a model's (`EmbeddingTable`), a file's, one rank's part of it.
 
-    plain: whether its rows are as they were trained, and not quantised.
+    plain: whether they are the rows as they were trained, and not, for all that is known, quantised ones.
     """
 
     @property
@@ -40,7 +40,8 @@ class Table(Protocol):
 class BaseIdentity:
     """What a patch remembers of its base.
 
-    model_id and revision are labels; the other fields decide whether a model is this base.
+    model_id and revision are labels. Table and dtype decide, with the patch's base rows, whether a model is this base
+    (`check_base`); another fingerprint or body is warned of (`has_other_weights`).
     fingerprint: sha256 over the table's shape, dtype and evenly spaced rows (`fingerprint`).
     dtype: of the table as stored, by torch's name, such as "bfloat16".
     tokenizer_digest: sha256 of the vocabulary (`tokenizer_digest`), None when no tokenizer was given.
@@ -60,7 +61,10 @@ class BaseIdentity:
 
 
 def identify(model: Any, tokenizer: Any = None) -> BaseIdentity:
-    """The identity of a loaded model, taken from its table and, when given, its tokenizer."""
+    """The identity of a loaded model: its table, its other weights and, when given, its tokenizer.
+
+    Raises BaseMismatchError for a model without a table to patch.
+    """
     table = find_embedding(model)
     return BaseIdentity(
         model_id=public_id(getattr(model.config, "_name_or_path", None) or ""),
@@ -113,7 +117,7 @@ def check_base(
     if not table.plain:
         own, expected = own.double(), expected.double()
         # Four bits a value err by about a tenth of a row; another model's row is a whole row away.
-        differs = (own - expected).norm(dim=1) > 0.2 * expected.norm(dim=1)
+        differs = ~((own - expected).norm(dim=1) <= 0.2 * expected.norm(dim=1))  # of NaN too
         how = "up to quantisation"
     else:
         differs, how = _differs(own, expected, identity.dtype)
@@ -159,4 +163,4 @@ def _differs(own: torch.Tensor, expected: torch.Tensor, stored: str) -> tuple[to
     own, expected = own.double(), expected.double()
     # Relative to the row's largest value: tiny values may round to zero in float16.
     tolerance = _ROUNDING * torch.maximum(expected.abs(), 1e-3 * expected.abs().amax(dim=1, keepdim=True))
-    return ((own - expected).abs() > tolerance).any(dim=1), how
+    return (~((own - expected).abs() <= tolerance)).any(dim=1), how  # of NaN too

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from ksl_patch.base.table import find_embedding, innermost, peft_layers
-from ksl_patch.base.tensors import dtype_name, row_bits, tensor_bytes
+from ksl_patch.base.tensors import FLOATS, dtype_name, row_bits, tensor_bytes
 
 _FINGERPRINT_ROWS = 256
 _BODY_VALUES = 256  # of each weight
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LABELS = ("_name_or_path", "transformers_version", "_commit_hash", "_from_model_config", "base_model_name_or_path")
 
 
@@ -99,7 +98,7 @@ def model_digest(model: Any, tokenizer: Any) -> str:
     for name, weight in sorted(model.state_dict().items()):
         if not isinstance(weight, torch.Tensor):
             continue
-        values = _row_sums(weight) if weight.shape == shape and weight.dtype in _FLOATS else _sample(weight)
+        values = _row_sums(weight) if weight.shape == shape and weight.dtype in FLOATS else _sample(weight)
         digest.update(f"{name} {list(weight.shape)} {dtype_name(weight.dtype)}\n".encode())
         if values is not None:
             digest.update(tensor_bytes(values))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that a table may have
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """torch's name of a dtype without the module: "bfloat16"."""

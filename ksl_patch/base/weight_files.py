@@ -49,7 +49,7 @@ def table_in_files(folder: Path) -> TableInFile | None:
         config = json.loads((folder / "config.json").read_bytes())
         hidden_size = (config.get("text_config") or config)["hidden_size"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
-        return None  # the server's own loading says what is amiss
+        return None  # what loads the model says what is amiss
     if kind not in ("F32", "F16", "BF16") or shape[1:] != [hidden_size]:
         return None
     return TableInFile(folder / files[keys[0]], keys[0], *shape)

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 from ksl_patch.base import BaseIdentity
-from ksl_patch.base.tensors import dtype_name
+from ksl_patch.base.tensors import FLOATS, dtype_name
 from ksl_patch.errors import PatchError
 from ksl_patch.patch.meta import PatchMeta
 from ksl_patch.patch.names import check_fields, check_language, check_name
 
-_ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_GAP = 16  # characters
 
 
@@ -47,7 +46,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], base: BaseIdentity) -> No
         shape = [len(ids), base.hidden_size]
         if list(rows.shape) != shape:
             raise PatchError(f"{name} must have the shape {shape}, not {list(rows.shape)}.")
-        if rows.dtype not in _ROW_DTYPES:
+        if rows.dtype not in FLOATS:
             raise PatchError(f"{name} must be float32, bfloat16 or float16, not {dtype_name(rows.dtype)}.")
         if dtype_name(rows.dtype) != base.dtype:
             raise PatchError(f"{name} must have the base's dtype {base.dtype}, not {dtype_name(rows.dtype)}.")

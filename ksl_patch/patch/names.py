@@ -12,7 +12,7 @@ _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _MAX_FIELDS = 16
 # RFC 5646: language, script, region, variants, extensions and private use; well-formed, not registered.
 _LANGUAGE = re.compile(
-    r"[A-Za-z]{2,8}(-[A-Za-z]{3}){0,3}(-[A-Za-z]{4})?(-([A-Za-z]{2}|\d{3}))?(-([A-Za-z0-9]{5,8}|\d[A-Za-z0-9]{3}))*"
+    r"[A-Za-z]{2,8}(-[A-Za-z]{3}){0,3}(-[A-Za-z]{4})?(-([A-Za-z]{2}|[0-9]{3}))?(-([A-Za-z0-9]{5,8}|[0-9][A-Za-z0-9]{3}))*"
     r"(-[A-WY-Za-wy-z0-9](-[A-Za-z0-9]{2,8})+)*(-x(-[A-Za-z0-9]{1,8})+)?"
 )
 
@@ -43,8 +43,7 @@ def check_fields(names: Sequence[str]) -> None:
         raise PatchError(f"a template has at most {_MAX_FIELDS} fields beside the sentence, not {len(names)}.")
 
 
-def check_language(language: str) -> str:
+def check_language(language: str) -> None:
     """A well-formed BCP 47 language tag, such as "sw" or "zh-Hant". Raises PatchError."""
     if not _LANGUAGE.fullmatch(language):
         raise PatchError(f"{language[:100]!r} is not a BCP 47 language tag; examples are 'sw', 'pt-BR' and 'zh-Hant'.")
-    return language
