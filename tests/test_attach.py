@@ -149,11 +149,8 @@ def test_a_pipeline(model, handle, plain, tokenizer):
     assert run(model) == run(plain[None]) != run(plain["a"])
 
 
-@pytest.mark.parametrize("scope", ["all", "prompt"])
-@pytest.mark.parametrize("side", ["input", "input+output"])
+@pytest.mark.parametrize(("side", "scope"), [("input", "all"), ("input", "prompt"), ("input+output", "all")])
 def test_continuous_batching_with_a_patch_for_each_request(model, side, scope):
-    if (side, scope) == ("input+output", "prompt"):
-        side = "input"
     patches = {name: some_patch(model, seed, IDS, side=side, scope=scope) for seed, name in enumerate("ab", start=1)}
     prompts = [[5, 9, 300, 17, 40] * 9, [17, 17, 5, 251], [5, 9, 300, 17, 40] * 9, [5, 9, 300, 17, 40] * 9, [17] * 3]
     choices = ["a", None, "b", None, "a"]
@@ -170,8 +167,6 @@ def test_continuous_batching_with_a_patch_for_each_request(model, side, scope):
             with handle.using(choices):
                 found = model.generate_batch(prompts, generation, continuous_batching_config=batching)
             assert [r.generated_tokens for r in found.values()] == [row.tolist() for row in expected]
-        with handle.using(["a", "b"]), pytest.raises(RunError, match="2 patches were chosen for 5 prompts"):
-            model.generate_batch(prompts, generation, continuous_batching_config=batching)
         assert batching.allow_block_sharing
         assert handle.bank._slots and all(slot.holds == 0 for slot in handle.bank._slots.values())  # noqa: PT018
     assert "generate_batch" not in vars(model)
@@ -288,18 +283,11 @@ def test_detach_leaves_the_model_as_it_was():
     assert torch.equal(model(PROMPTS).logits, logits)
     with pytest.raises(RunError, match="detached"):
         handle.load(patch)
-    rows = weakref.ref(handle.bank.tensors.rows)
-    del handle
-    gc.collect()
-    assert rows() is None
     attach(model).detach()
 
 
-@pytest.mark.parametrize("side", ["input", "input+output"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "side"), [(True, "input"), (True, "input+output"), (False, "input")])
 def test_merge_writes_the_rows_and_its_undo_is_exact(tied, side):
-    if (tied, side) == (False, "input+output"):
-        side = "input"
     model = tiny_llama(tied=tied)
     patch = some_patch(model, 1, IDS, side=side)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -725,6 +713,7 @@ def test_a_bank_s_memory_goes_with_its_handle(model):
     gc.disable()
     try:
         handle = attach(model)
+        handle.load(some_patch(model, 1, IDS))
         rows = weakref.ref(handle.bank.tensors.rows)
         handle.detach()
         del handle

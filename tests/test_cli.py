@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -45,22 +44,13 @@ def test_importing_the_package_loads_nothing_heavy():
     code = (
         "import sys, click, ksl_patch; from ksl_patch.cli import cli; "
         "context = click.Context(cli); [cli.get_command(context, name) for name in cli.list_commands(context)]; "
+        "cli(['--help'], standalone_mode=False); "
         "heavy = {'torch', 'transformers', 'vllm', 'peft', 'matplotlib', 'numba', 'scipy'} & set(sys.modules); "
         "assert not heavy, heavy; "
         "ksl_patch.Patch, ksl_patch.ks_test, ksl_patch.identify, ksl_patch.ks_ticket; "
         "heavy = {'transformers', 'vllm', 'peft', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_help_needs_no_torch_and_names_every_command():
-    start = time.perf_counter()
-    code, out, _ = run("--help")
-    assert code == 0
-    assert time.perf_counter() - start < 5  # loading torch alone takes about as long; under a second when idle
-    for command in ("build", "generate", "inspect", "serve", "verify"):
-        assert command in out
-        assert run(command, "--help")[0] == 0
 
 
 def test_the_options_of_build_default_to_what_a_config_does():
@@ -126,19 +116,15 @@ def test_generate_runs_a_mixed_batch(patch_file, base_folder):
     assert out.startswith(f"[{patch_file}] The cat\n")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["build"], 2, "Missing option"),
-        (["nothing"], 2, "No such command"),
         (["build", "--base", "m", "--pairs", "p.jsonl", "--language", "es", "-o", "no/such/p"], 2, "folder"),
         (["build", "--base", "m", "--pairs", "p.jsonl", "--language", "es", "-o", "{patch}"], 2, "add --force"),
         (["build", "--base", "m", "--pairs", "p.jsonl", "--language", "es", "-o", "{new}"], 1, "no such file"),
         (["build", "--base", "m", "--pairs", "p.jsonl", "--language", "es", "-o", "{new}", "--selection", "random"], 2,
          "needs --top-k"),
         (["build", "--base", "m", "--pairs", "p", "--language", "es", "-o", "{new}", "--columns", "a"], 2, "two names"),
-        (["inspect", "none.safetensors"], 1, "cannot read none.safetensors: No such file"),
         (["generate", "--base", "m", "--prompt", "a", *["--patch", "q"] * 3], 2, "3 --patch for 1"),
         (["generate", "--base", "m", "--prompt", ""], 2, "is empty"),
         (["generate", "--base", "m/x", "--prompt", "a"], 1, "cannot load the base m/x"),
@@ -146,7 +132,7 @@ def test_generate_runs_a_mixed_batch(patch_file, base_folder):
 )  # fmt: skip
 def test_errors_are_one_line_on_stderr(arguments, code, message, patch_file, tmp_path):
     names = {"{patch}": str(patch_file), "{new}": str(tmp_path / "new.safetensors")}
-    exit_code, out, err = run(*(names.get(a, a) for a in arguments))
+    exit_code, out, err = run_cli(*(names.get(a, a) for a in arguments))
     assert (exit_code, out) == (code, "")
     assert message in err
     assert "Traceback" not in err

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import run_cli, tiny_llama
+from test_build import Recorder
 from test_hf import IDS, some_patch
 
 from ksl_patch import Patch, attach
@@ -19,6 +20,9 @@ from ksl_patch.hf import load_base
 from ksl_patch.patch import TemplateMeta
 from ksl_patch.store.local import Store
 from ksl_patch.store.references import resolve
+from ksl_patch.train.build import Build
+from ksl_patch.train.config import BuildConfig
+from ksl_patch.train.ticket_checks import report_weak_rows
 
 
 @pytest.fixture
@@ -177,18 +181,9 @@ def test_a_folder_does_not_hide_a_name_of_the_store(home, model, monkeypatch):
     assert out == f"sv: {patch.digest}, the name inside {home / 'a.safetensors'}\n"
 
 
-@pytest.mark.slow
-def test_two_builds_to_one_file_do_not_overwrite(home, base_folder, pairs_file, monkeypatch):
-    from ksl_patch.train import build as module
-
-    output = home / "es.safetensors"
-    made = module.build
-
-    def slow(*arguments):
-        output.write_bytes(b"another's")
-        return made(*arguments)
-
-    monkeypatch.setattr(module, "build", slow)
+def test_two_builds_to_one_file_do_not_overwrite(home, model, base_folder, pairs_file, monkeypatch):
+    output, patch = home / "es.safetensors", some_patch(model, 1, IDS[:3])
+    monkeypatch.setattr("ksl_patch.train.build.build", lambda *_: (output.write_bytes(b"another's"), patch)[1])
     command = ["build", "--base", base_folder, "--pairs", pairs_file, "--language", "es", "-o", output, "--top-k", 3]
     command += ["--embed-steps", 2, "--steps", 2, "--dev", 8, "--held-out", 8]
     code, _, err = run_cli(*command)
@@ -256,13 +251,12 @@ def test_the_base_has_an_id_of_the_hub_where_one_is_given(home, base_folder, pai
         assert "is not a model's id on the Hub" in err
 
 
-@pytest.mark.slow
-def test_a_ticket_outside_the_template_is_said(home, base_folder, pairs_file):
-    command = ["build", "--base", base_folder, "--pairs", pairs_file, "--language", "es", "--force"]
-    command += ["--embed-steps", 2, "--steps", 2, "--dev", 8, "--held-out", 8, "-o", home / "es.safetensors"]
-    said = "no row of the ticket is of the template around the sentence"
-    assert said in run_cli(*command, "--rows", " gato")[2]
-    assert said not in run_cli(*command, "--rows", "\\n")[2]
+@pytest.mark.parametrize(("row", "said"), [(" gato", True), ("\n", False)])
+def test_a_ticket_outside_the_template_is_said(tmp_path, base_folder, pairs_file, row, said):
+    config = {"base": str(base_folder), "pairs": str(pairs_file), "language": "es", "name": "es", "steps": 2, "dev": 8}
+    made = Build(BuildConfig(**config, held_out=8, rows=(row,)), tmp_path, Recorder())
+    report_weak_rows(made, made.ticket())
+    assert ("outside_template" in [event for event, *_ in made.reporter.notes]) is said
 
 
 @pytest.mark.slow

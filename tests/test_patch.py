@@ -250,7 +250,7 @@ def test_what_is_no_patch_is_refused(tmp_path, content, message):
         Patch.load(path)
 
 
-def test_a_header_that_lies_about_a_size_allocates_nothing(saved, monkeypatch):
+def test_a_header_that_lies_about_a_size_is_refused(saved):
     content = saved.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])

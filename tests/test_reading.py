@@ -15,6 +15,9 @@ from ksl_patch.data.columns import Columns
 from ksl_patch.data.pairs import Pair
 from ksl_patch.data.reading import Reading, read_pairs
 from ksl_patch.errors import DataError
+from ksl_patch.train.build import Build
+from ksl_patch.train.config import BuildConfig
+from ksl_patch.train.progress import SilentReporter
 
 READ = [Pair('She said "hi", twice.', "Dijo «hola»."), Pair("Two\u2028lines", "Dos\nlíneas"), Pair("Yes", "Sí")]
 FLAT = [Pair(pair.source, pair.target.replace("\n", " ")) for pair in READ]
@@ -416,15 +419,18 @@ def test_pairs_behind_a_link_are_found_again(tmp_path, base_folder):
     assert code == 0, err
 
 
-@pytest.mark.slow
-def test_a_build_says_that_the_targets_look_like_another_language(tmp_path, base_folder, pairs_file):
-    command = ["build", "--base", base_folder, "--pairs", pairs_file, "-o", tmp_path / "p.safetensors", *BUILD]
-    for language, said in (("de", True), ("es", False)):
-        code, out, err = run_cli(*command, "--force", "--language", language)
-        assert code == 0, err
-        notes = {event["event"]: event for event in map(json.loads, out.splitlines())}
-        assert ("language" in notes) is said
-        assert not said or notes["language"]["message"].endswith("for German: is --language right?")
+@pytest.mark.parametrize(("language", "said"), [("de", True), ("es", False)])
+def test_a_build_says_that_the_targets_look_like_another_language(tmp_path, base_folder, pairs_file, language, said):
+    doubts = []
+
+    class Doubting(SilentReporter):
+        def doubt(self, event, message, **values):
+            doubts.append((event, message))
+
+    config = {"base": str(base_folder), "pairs": str(pairs_file), "language": language, "name": "p", "dev": 8}
+    Build(BuildConfig(**config, held_out=8), tmp_path, Doubting())
+    assert [event for event, _ in doubts] == ["language"] * said
+    assert all(message.endswith("for German: is --language right?") for _, message in doubts)
 
 
 def test_an_extended_language_is_one(tmp_path, base_folder, pairs_file):

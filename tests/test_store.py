@@ -9,8 +9,8 @@ import sys
 import time
 
 import pytest
-import torch
-from conftest import run_cli, tiny_llama
+from conftest import run_cli
+from store_workers import add_forever, add_many
 from test_hf import some_patch
 
 from ksl_patch import Patch
@@ -115,16 +115,12 @@ def test_gc_waits_for_no_server_but_refuses(model, store):
     assert len(store.gc()) == 1
 
 
-def add_many(root, seeds):
-    model = tiny_llama()
-    for seed in seeds:
-        Store(root).add(some_patch(model, seed), "shared")
-
-
 @pytest.mark.slow
-def test_several_processes_write_at_once(model, home):
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=add_many, args=(home, range(n, n + 12))) for n in (0, 4, 8)]
+def test_several_processes_write_at_once(model, home, tmp_path):
+    files = [tmp_path / f"{seed}.safetensors" for seed in range(20)]
+    for seed, file in enumerate(files):
+        some_patch(model, seed).save(file)
+    workers = [prepared().Process(target=add_many, args=(home, files[n : n + 12])) for n in (0, 4, 8)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -137,19 +133,20 @@ def test_several_processes_write_at_once(model, home):
     assert store.get("shared").digest in {some_patch(model, seed).digest for seed in (11, 15, 19)}
 
 
-def add_forever(root):
-    model = tiny_llama()
-    seed = 0
-    while True:
-        Store(root).add(some_patch(model, seed % 40), f"n{seed % 7}")
-        seed += 1
+def prepared():
+    """How processes begin that have what they need imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["store_workers"])
+    return context
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_moment_leaves_a_store_that_can_be_read(home):
-    context = multiprocessing.get_context("spawn")
+def test_a_kill_at_any_moment_leaves_a_store_that_can_be_read(model, home, tmp_path):
+    (tmp_path / "files").mkdir()
+    for seed in range(40):
+        some_patch(model, seed).save(tmp_path / "files" / f"{seed:02}.safetensors")
     for turn in range(4):
-        worker = context.Process(target=add_forever, args=(home,))
+        worker = prepared().Process(target=add_forever, args=(home, tmp_path / "files"))
         worker.start()
         while not (home / "names").is_dir():
             time.sleep(0.01)
@@ -206,9 +203,3 @@ def test_the_default_is_the_user_s_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("KSL_PATCH_HOME", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_root() == tmp_path / "ksl_patch"
-
-
-def test_scope_of_a_patch_is_part_of_its_content(model, store):
-    rows = torch.zeros(1, 32)
-    patches = [Patch.from_model(model, [5], rows, name="x", scope=scope) for scope in ("all", "prompt")]
-    assert len({store.add(patch) for patch in patches}) == 2

@@ -155,10 +155,14 @@ def test_a_finished_stage_is_checked_before_it_is_used(model, examples, tmp_path
 
 
 def test_two_builds_do_not_train_in_one_folder(model, examples, tmp_path):
+    refused = []
+
     class Second(SilentReporter):
         def step(self, done, loss=None):
             if done == 2:
                 with pytest.raises(RunError, match="another build is training"):
                     tune(copy.deepcopy(tiny_llama()), examples, tmp_path)
+                refused.append(done)
 
     tune(model, examples, tmp_path, reporter=Second())
+    assert refused
