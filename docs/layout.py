@@ -5,15 +5,15 @@ python docs/layout.py
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ksl_patch"
 MARK = "<!-- layout: written by docs/layout.py -->\n"
-# A room imports from those before it alone, as pyproject.toml has it.
-ROOMS = ["base", "patch", "bank", "hf", "vllm", "store", "interop", "data", "train", "evidence", "report", "cli"]
-
-
+# The contract of imports, from what imports most to what imports least.
+LAYERS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+ROOMS = [name for layer in reversed(LAYERS) for name in re.split(r" [|:] ", layer) if (PACKAGE / name).is_dir()]
 ALONE = (
     "The KS test, the choice of rows (ticket), rows put over an embedding (overlay), two patches in one, small things"
 )
