@@ -1,1 +1,1 @@
-"""Judging a patch: figures on held-out pairs beside controls, and certificates of agreement; training is train's."""
+"""Judging a patch: figures and intervals on held-out pairs beside controls, and certificates; training is train's."""
