@@ -88,6 +88,12 @@ class Eviction:
                 "are wanted at once: choose fewer in a batch, or raise the budget."
             )
 
+    def bring_back(self, number: int) -> None:
+        """Put a slot that was evicted on the device again, as `place` does."""
+        slot = self._slots[number]
+        assert slot.host is not None
+        self.place(number, slot, slot.host)
+
     def put_aside(self, number: int) -> None:
         """Evict a slot that nobody holds."""
         self._storage.to_host(number, self._slots[number])

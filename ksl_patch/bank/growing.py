@@ -143,8 +143,7 @@ class PatchBank:
             try:
                 number = self._add(new, rows)
             except BaseException:
-                assert old.host is not None
-                self._eviction.place(slot, old, old.host)
+                self._eviction.bring_back(slot)
                 self._eviction.may_go(slot)
                 raise
             self.remove(slot)
@@ -170,9 +169,7 @@ class PatchBank:
                 if len(away) > 1:
                     self._eviction.check_together(away)
                 for number in away:
-                    entry = self._slots[number]
-                    assert entry.host is not None
-                    self._eviction.place(number, entry, entry.host)
+                    self._eviction.bring_back(number)
             self.wait_for_writes(stream())
             yield
         finally:

@@ -14,7 +14,7 @@ import torch
 from ksl_patch.base.tensors import row_bits
 from ksl_patch.errors import RunError
 from ksl_patch.patch import Patch
-from ksl_patch.patch.evaluation import PARTS, Bound, Certificate, Margin
+from ksl_patch.patch.evaluation import Bound, Certificate, Margin, in_words
 
 # What a certificate is, as the paper's Theorem 2 is.
 MEANING = (
@@ -123,9 +123,9 @@ def _confidence(certificate: Certificate) -> str:
 def summary(certificate: Certificate) -> str:
     """A certificate in two lines."""
     c, level = certificate, _confidence(certificate)
-    word, whole, part = c.next_token, c.continuation, PARTS.get(c.part or "", "held-out")
+    word, whole = c.next_token, c.continuation
     return (
-        f"On {word.agreements} of {word.examples} {part} pairs the patch begins with the "
+        f"On {word.agreements} of {in_words(word.examples, c.part)} the patch begins with the "
         f"tuned embedding's token (confidence {level}: on at least {at_least(word.lower)} of such text), on "
         f"{whole.agreements} it gives the same whole answer (at least {at_least(whole.lower)}).\n{MEANING}"
     )

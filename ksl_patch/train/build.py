@@ -185,7 +185,7 @@ class Build(Material):
         """When a build ended here with this patch and description first: one that is run again gives the same file."""
         described = [digest, self.config.name, self.config.language, self.config.licence]
         key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
-        return str(self._folder.once(f"created-{key}.json", {"created": timestamp()})["created"])
+        return str(self.folder.once(f"created-{key}.json", {"created": timestamp()})["created"])
 
     def losses(self, patch: Patch) -> dict[str, Any] | None:
         """Loss per answer token of the base and the patch on the dev pairs; None when there are none.
@@ -226,7 +226,7 @@ class Build(Material):
         self, stage: str, kind: str, token_ids: torch.Tensor, steps: int, lr: float, ticket: Ticket | None
     ) -> torch.Tensor:
         config, key = self.config, self._tune_key(steps, lr, ticket)
-        folder = self._folder.stage(kind, key)
+        folder = self.folder.stage(kind, key)
         if not (folder / "rows.safetensors").is_file():
             keep(folder / "settings.json", json.dumps(key, indent=1).encode())
         return tune_rows(
@@ -259,7 +259,7 @@ class Build(Material):
 
     @property
     def _embedding_folder(self) -> Path:
-        return self._folder.stage("embed", self._tune_key(self.config.embed_steps, self.config.embed_lr, None))
+        return self.folder.stage("embed", self._tune_key(self.config.embed_steps, self.config.embed_lr, None))
 
     def _tune_key(self, steps: int, lr: float, ticket: Ticket | None) -> dict[str, Any]:
         """All that a tuning's result depends on."""

@@ -60,7 +60,7 @@ class Material:
         check_name(config.name)
         check_language(config.language)
         self.config, self.run, self.reporter, self.reopened = config, run, reporter, reopened
-        self._folder = RunFolder(run, reopened)
+        self.folder = RunFolder(run, reopened)
         if config.scope == "prompt" and config.side != "input":
             raise RunError("scope 'prompt' needs side 'input': the output side acts on what follows the prompt.")
         fields = template_fields(config.template, config.system)
@@ -230,7 +230,7 @@ class Material:
         key += ["chats"] if self._chats else []
         name = f"template-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
         try:
-            return TemplateMeta(**self._folder.once(name, asdict(made)))
+            return TemplateMeta(**self.folder.once(name, asdict(made)))
         except TypeError as error:
             raise RunError(f"cannot read {self.run / name} ({error}): delete it, and it is made again.") from error
 
