@@ -14,7 +14,7 @@ from scipy.stats import norm
 from ksl_patch.errors import TicketError
 from ksl_patch.kstest import KSResult, critical_statistic
 
-Selection = Literal["ks", "frequency", "random", "l2", "single", "given"]
+Selection = Literal["ks", "frequency", "random", "l2", "single", "reserved", "given"]
 DEFAULT_CAP = 1024
 
 
@@ -23,7 +23,8 @@ class Ticket:
     """Selected token ids in ascending order, int64 [k].
 
     selection: "ks" for a ticket by the test, "all" for every row that was trained, "given" for rows named by hand,
-    "single" for the best row of the template's, else the control that chose them.
+    "single" for the best row of the template's, "reserved" for rows of tokens that no text has, else the control that
+    chose them.
     statistic, pvalue: the test's outcome for each, float64 [k]; None for a control, which needs no test.
     """
 

@@ -77,15 +77,29 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
     "--template",
     default="plain",
     metavar="T",
-    help="plain, chat (the base's chat template), or a text with {source}, and {NAME} for other columns of the pairs.",
+    help="plain, chat (the base's chat template), soft (reserved rows around the sentence, no words), or a text with "
+    "{source}, {reserved} for reserved rows, and {NAME} for other columns of the pairs.",
 )
 @click.option("--system", metavar="TEXT", help="System prompt of the chat template; it may have {NAME} too.")
 @click.option(
     "--selection",
-    type=click.Choice(["ks", "frequency", "l2", "random", "single"]),
+    type=click.Choice(["ks", "frequency", "l2", "random", "single", "reserved"]),
     default="ks",
-    help="How the rows are chosen; frequency, l2 and random need --top-k. single is one row: of the template's tokens, "
-    "each trained alone, the one with the lowest loss on the dev pairs.",
+    help="How the rows are chosen; frequency, l2, random and reserved need --top-k. single is one row: of the "
+    "template's tokens, each trained alone, the one with the lowest loss on the dev pairs. reserved are tokens of the vocabulary "
+    "that no text has, put into the template: nothing else is changed.",
+)
+@click.option(
+    "--start",
+    type=click.Choice(["text", "base"]),
+    default="text",
+    help="Reserved rows: train them from the base's rows of the instruction's tokens, or from their own.",
+)
+@click.option(
+    "--beside",
+    multiple=True,
+    metavar="P",
+    help="Reserved rows: take other tokens than this patch, so that the two merge. Give it several times for several.",
 )
 @click.option(
     "--rows",
@@ -179,7 +193,9 @@ def build(
     a finished stage is used again by any build in the same folder that needs it.
     """
     if more:
-        raise click.UsageError(f"there is no option before {more[0]!r}: write --pairs before each of several files.")
+        raise click.UsageError(
+            f"there is no option before {more[0]!r}: write --pairs, or --beside, before each of several files."
+        )
     check_output(output, force)
     if options["selection"] == "single" and (options["alpha"], options["top_k"]) != (None, None):
         raise click.UsageError("--selection single takes one row: leave out --alpha and --top-k.")
@@ -187,6 +203,8 @@ def build(
         raise click.UsageError(
             f"--selection {options['selection']} needs --top-k: nothing else says how many rows to take."
         )
+    if options["selection"] != "reserved" and (options["beside"] or options["start"] != "text"):
+        raise click.UsageError("--beside and --start are for reserved rows: add --selection reserved --top-k K.")
     if options["rows"]:
         others = [name for name in ("alpha", "top_k") if options[name] is not None]
         if others or options["selection"] != "ks":

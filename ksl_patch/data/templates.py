@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ksl_patch.data.languages import language_name
@@ -10,6 +12,8 @@ from ksl_patch.errors import RunError
 from ksl_patch.patch import TemplateMeta
 from ksl_patch.patch.names import check_fields
 
+SOFT = "{reserved}{source}{reserved:1}"
+_PLACE = re.compile(r"\{reserved(?::([0-9]{1,4}))?\}")
 _PROBE = "a <b> & \"c\" - 'd'"  # what a template may escape or rewrite
 
 
@@ -21,31 +25,33 @@ def make_template(
     tokenizer: Any,
     system: str | None = None,
     instruction: bool = True,
+    reserved: Sequence[str] = (),
 ) -> TemplateMeta:
-    r"""The prompt template: "plain", "chat" (the model's own chat template), or a text with `{source}`.
+    r"""The prompt template: "plain", "chat" (the model's own chat template), "soft", or a text with `{source}`.
 
     In a text of one's own, `\n` stands for a line break, and any other `{name}` for a column of the pairs.
     system: a chat's system prompt, which may name columns too. instruction: whether a chat's user asks for a
     translation of the sentence; else the sentence is all that the user says.
+    reserved: names of tokens that stand at `{reserved}`, or, where a template has none, before the prompt, in a chat
+    before what its user says. `{reserved:N}` takes N of them for its place alone; "soft" has no words beside them.
     """
     source, target = language_name(source_language), language_name(language)
     if system is not None and "{source}" in system:
         raise RunError("the sentence goes into the user's message: remove {source} from the system prompt.")
     fields = template_fields(kind, system) or None
-    if kind == "plain":
-        return TemplateMeta(
-            text=f"Translate this sentence from {source} to {target}.\n{source}: {{source}}\n{target}:", chat=False
-        )
     if kind != "chat":
-        text = kind.replace("\\n", "\n")
+        plain = f"Translate this sentence from {source} to {target}.\n{source}: {{source}}\n{target}:"
+        text = {"plain": plain, "soft": SOFT}.get(kind, kind.replace("\\n", "\n"))
         if text.count("{source}") != 1:
             raise RunError("a template of your own must contain '{source}' exactly once, where the sentence goes.")
-        return TemplateMeta(text=text, chat=False, fields=fields)
+        return TemplateMeta(text=_placed([text], reserved)[0], chat=False, fields=fields)
     if not getattr(tokenizer, "chat_template", None):
         raise RunError("this base has no chat template; use the plain template or a text of your own.")
-    messages = [] if system is None else [{"role": "system", "content": system.replace("\\n", "\n")}]
     asked = f"Translate this sentence from {source} to {target}.\n" if instruction else ""
-    messages.append({"role": "user", "content": f"{asked}{{source}}"})
+    *before_it, user = _placed(
+        [*([] if system is None else [system.replace("\\n", "\n")]), f"{asked}{{source}}"], reserved
+    )
+    messages = [*({"role": "system", "content": text} for text in before_it), {"role": "user", "content": user}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         before, end = _turn_around(tokenizer, messages, text)
@@ -75,9 +81,50 @@ def template_fields(kind: str, system: str | None) -> list[str]:
         raise RunError("a system prompt is for the chat template: add --template chat, or put it into the template.")
     text = (system or "") if kind in ("plain", "chat") else kind
     names = re.findall(r"\{([A-Za-z_][A-Za-z0-9_]*)\}", text)
-    fields = [name for name in dict.fromkeys(names) if name != "source"]
+    fields = [name for name in dict.fromkeys(names) if name not in ("source", "reserved")]
     check_fields(fields)
     return fields
+
+
+def without(template: TemplateMeta, names: Sequence[str]) -> TemplateMeta:
+    """The template without the tokens of these names."""
+    parts = [name for name in names if name]
+    return replace(template, text=re.sub("|".join(map(re.escape, parts)), "", template.text)) if parts else template
+
+
+def has_words(template: TemplateMeta) -> bool:
+    """Whether anything but what is filled in tells a model what to do."""
+    return any(letter.isalpha() for text in template.pieces()[::2] for letter in text)
+
+
+def _placed(texts: list[str], names: Sequence[str]) -> list[str]:
+    """Texts with the reserved tokens at their places; without a place they are before the last text.
+
+    Raises RunError for places that do not fit the number of tokens, or without any.
+    """
+    places = [place for text in texts for place in _PLACE.findall(text)]
+    if not names:
+        if places:
+            raise RunError(
+                "{reserved} in a template, and --template soft, are places of reserved rows: "
+                "add --selection reserved --top-k K."
+            )
+        return texts
+    if not places:
+        return [*texts[:-1], "".join(names) + texts[-1]]
+    own = sum(int(number) for number in places if number)
+    shared = len(names) - own
+    if shared < 0 or (shared == 0) == ("" in places) or "0" in places:
+        raise RunError(
+            f"the template places {own}{' and some more' if '' in places else ''} of the {len(names)} reserved rows: "
+            "{reserved:N} takes N for itself, and {reserved} stands for all others, at least one."
+        )
+    rest = iter(names[shared:])
+
+    def put(place: re.Match[str]) -> str:
+        return "".join(next(rest) for _ in range(int(place[1]))) if place[1] else "".join(names[:shared])
+
+    return [_PLACE.sub(put, text) for text in texts]
 
 
 def _turn_around(tokenizer: Any, messages: list[dict[str, str]], prompt: str) -> tuple[str, int | None]:

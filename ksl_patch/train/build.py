@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ksl_patch.data.encoding import Encoded
+from ksl_patch.data.encoding import Encoded, encode
 from ksl_patch.errors import RunError
-from ksl_patch.hf import attach
+from ksl_patch.hf import attach, end_token_id
 from ksl_patch.kstest import KSResult, ks_test
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch import Patch
@@ -33,6 +33,7 @@ from ksl_patch.train.loss import token_loss
 from ksl_patch.train.material import Material
 from ksl_patch.train.progress import Reporter, SilentReporter, noting_warnings
 from ksl_patch.train.record import Record, keep, note_use, read_tests, write_record
+from ksl_patch.train.reserved import start_ids, start_rows, unreserved
 from ksl_patch.train.ticket_checks import given, report_weak_rows, template_tokens
 from ksl_patch.train.tune import TuneSettings, tune_rows
 
@@ -54,6 +55,7 @@ class Build(Material):
         patch = patch.with_meta(evaluation=self.losses(patch), created=self._created(patch.digest))
         config = asdict(self.config)
         config["base"] = _from_anywhere(config["base"])
+        config["beside"] = tuple(map(_from_anywhere, config["beside"]))
         pairs = config["pairs"]
         config["pairs"] = _from_anywhere(pairs) if isinstance(pairs, str) else tuple(map(_from_anywhere, pairs))
         tested = (self._embedding_folder / "ks.npz").is_file()
@@ -126,6 +128,8 @@ class Build(Material):
             return given(self)
         if selection == "single":
             return self._single()
+        if selection == "reserved":
+            return Ticket(np.array(self.reserved_ids), "reserved", top_k=k)
         if selection == "ks":
             with noting_warnings(self.reporter):
                 return ks_ticket(self.ks(), alpha=config.alpha, top_k=k, cap=config.cap)
@@ -198,7 +202,7 @@ class Build(Material):
         result = Evaluation(
             pairs=len(self.dev),
             data_digest=self.dev.digest,
-            loss_base=token_loss(self.model, self.dev.examples),
+            loss_base=token_loss(self.model, self.unreserved(self.dev).examples),
             loss_patch=self.patched_loss(patch),
             part="dev",
         )
@@ -212,6 +216,13 @@ class Build(Material):
             loss_patch=result.loss_patch,
         )
         return write(result)
+
+    def unreserved(self, pairs: Encoded) -> Encoded:
+        """Pairs in the prompt without reserved tokens, as who has no patch would ask the base."""
+        if not self.reserved_ids:
+            return pairs
+        template = unreserved(self)
+        return encode(template, pairs.pairs, self.tokenizer, end_token_id(self.model, self.tokenizer), self._longest)
 
     def patched_loss(self, patch: Patch, pairs: Encoded | None = None) -> float:
         """Loss per answer token of the model with the patch's stored rows, on the dev pairs by default."""
@@ -249,7 +260,14 @@ class Build(Material):
             stage=stage,
             reporter=self.reporter,
             later=self._later(kind),
+            start=self._start(ticket),
         )
+
+    def _start(self, ticket: Ticket | None) -> torch.Tensor | None:
+        """Where the training of a ticket's rows starts, float32 [k, d]; None for the base's own rows."""
+        if ticket is None or ticket.selection != "reserved":
+            return None
+        return start_rows(self, torch.from_numpy(ticket.token_ids))
 
     def _later(self, kind: str) -> int | None:
         """Steps of the stages after one of a kind; None where controls or candidates follow, nobody knows how many."""
@@ -276,6 +294,7 @@ class Build(Material):
             "seed": config.seed,
             "machine": asdict(self.machine),
             "token_ids": None if ticket is None else hashlib.sha256(ticket.token_ids.tobytes()).hexdigest(),
+            **({"start": start_ids(self, len(ticket))} if ticket and ticket.selection == "reserved" else {}),
         }
 
 

@@ -10,6 +10,7 @@ from ksl_patch.patch.meta import DEFAULT_ALPHA
 from ksl_patch.ticket import DEFAULT_CAP, Selection
 
 Mode = Literal["partial", "transfer"]
+Start = Literal["text", "base"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,9 @@ class BuildConfig:
     """Everything a build depends on. Learning rates are in units of the standard deviation of the table's values.
 
     pairs: what `read_pairs` takes. strict: a line that is no pair is an error, and not left out.
-    rows: tokens named by hand, ids or texts, in place of a selection. group: the pairs' column with their document.
+    rows: tokens named by hand, ids or texts, in place of a selection. start: of the reserved rows, the base's
+    rows of the instruction's tokens or their own. beside: references of patches whose tokens are left alone by the
+    selection "reserved". group: the pairs' column with their document.
     data_seed: of the split into training, dev and held-out pairs. damp_rare: of the embedding tuning, see
     `TuneSettings`. base_model: the base's id on the Hub, where it is a folder.
     """
@@ -38,6 +41,8 @@ class BuildConfig:
     cap: int = DEFAULT_CAP
     selection: Selection = "ks"
     rows: tuple[str | int, ...] = ()
+    start: Start = "text"
+    beside: tuple[str, ...] = ()
     mode: Mode = "partial"
     side: Side = "input"
     scope: Scope = "all"

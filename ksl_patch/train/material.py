@@ -14,13 +14,13 @@ import torch
 
 from ksl_patch.base import find_embedding
 from ksl_patch.base.model_id import check_base_model, is_hub_id, named_in_files
+from ksl_patch.base.reserved import ReservedTokens
 from ksl_patch.base.tensors import dtype_name
 from ksl_patch.data.columns import Columns
 from ksl_patch.data.encoding import Encoded, Example, check_ids, encode, token_counts
-from ksl_patch.data.languages import check_languages, language_name
+from ksl_patch.data.languages import check_languages
 from ksl_patch.data.pairs import Pair
 from ksl_patch.data.reading import Reading, read_pairs
-from ksl_patch.data.recognition import recogniser
 from ksl_patch.data.split import reading_order, split_pairs
 from ksl_patch.data.templates import make_template, template_fields
 from ksl_patch.errors import RunError
@@ -28,7 +28,9 @@ from ksl_patch.hf import end_token_id, load_base
 from ksl_patch.patch import TemplateMeta
 from ksl_patch.patch.names import check_language, check_name
 from ksl_patch.terminal import counted
+from ksl_patch.train import reserved
 from ksl_patch.train.config import BuildConfig
+from ksl_patch.train.first_look import report_pairs, report_start
 from ksl_patch.train.loaded import Loaded, launched
 from ksl_patch.train.progress import Reporter
 from ksl_patch.train.record import Machine
@@ -61,6 +63,7 @@ class Material:
         check_language(config.language)
         self.config, self.run, self.reporter, self.reopened = config, run, reporter, reopened
         self.folder = RunFolder(run, reopened)
+        reserved.check_settings(config)
         if config.scope == "prompt" and config.side != "input":
             raise RunError("scope 'prompt' needs side 'input': the output side acts on what follows the prompt.")
         fields = template_fields(config.template, config.system)
@@ -81,7 +84,7 @@ class Material:
         if self._chats and config.template != "chat":
             raise RunError("the pairs are chats (messages), in the chat template's prompts: add --template chat.")
         if reopened is None:
-            self._report_pairs(read, reading)
+            report_pairs(self, read, reading)
         self.pairs = split_pairs(read, held_out=config.held_out, dev=config.dev, seed=config.data_seed)
         for event, count, what in (
             ("duplicates", self.pairs.duplicates, "whose source occurs before"),
@@ -115,14 +118,16 @@ class Material:
             reporter.note("base_model", message, model_id=self.base.model_id, named=named)
         if config.side == "input+output" and not find_embedding(self.model).tied:
             raise RunError("side 'input+output' is for bases whose head is tied to the embedding; use 'input' here.")
-        self.template = template or self._made_template()
+        self.reserved = ReservedTokens(self.tokenizer, self.model)
+        self.template = template or self._made_template(read)
+        self._longest = config.max_length + reserved.positions(self)
         self.train = self._training()
         self.dev = self.encode(self.pairs.dev, "dev") if self.pairs.dev else Encoded([], [], self.template)
         self.held_out = (
             self.encode(self.pairs.held_out, "held-out") if self.pairs.held_out else Encoded([], [], self.template)
         )
         if reopened is None:
-            self._report_start()
+            report_start(self)
 
     def _training(self) -> Encoded:
         """The training pairs as token ids, of those that are not too long the first `max_pairs`."""
@@ -198,7 +203,7 @@ class Material:
 
     def _encoded(self, pairs: list[Pair], template: TemplateMeta | None = None) -> Encoded:
         end = end_token_id(self.model, self.tokenizer)
-        encoded = encode(template or self.template, pairs, self.tokenizer, end, self.config.max_length)
+        encoded = encode(template or self.template, pairs, self.tokenizer, end, self._longest)
         check_ids((e.prompt + e.answer for e in encoded.examples), self.base.vocab_size)
         return encoded
 
@@ -213,9 +218,22 @@ class Material:
                 pairs=dropped,
             )
 
-    def _made_template(self) -> TemplateMeta:
-        """The prompt template, as this run folder had it first: a chat template may hold the day's date."""
+    @property
+    def _takes_reserved(self) -> bool:
+        return self.config.selection == "reserved" and not self.config.rows
+
+    @cached_property
+    def reserved_ids(self) -> list[int]:
+        """The reserved tokens of the template, whose rows are trained: ascending, none by another selection."""
+        return self.reserved.in_text(self.template.text) if self._takes_reserved else []
+
+    def _made_template(self, read: Sequence[Pair]) -> TemplateMeta:
+        """The prompt template, as this run folder had it first: a chat template may hold the day's date.
+
+        read: the pairs, whose texts may have a reserved token's name.
+        """
         config = self.config
+        names = reserved.choose(self, read) if self._takes_reserved else []
         made = make_template(
             config.template,
             source_language=config.source_language,
@@ -223,62 +241,15 @@ class Material:
             tokenizer=self.tokenizer,
             system=config.system,
             instruction=not self._chats,
+            reserved=names,
         )
         if not made.chat:
             return made
         key = [config.system, config.source_language, config.language, self.loaded.digest]
         key += ["chats"] if self._chats else []
+        key += names
         name = f"template-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
         try:
             return TemplateMeta(**self.folder.once(name, asdict(made)))
         except TypeError as error:
             raise RunError(f"cannot read {self.run / name} ({error}): delete it, and it is made again.") from error
-
-    def _report_pairs(self, read: Sequence[Pair], reading: Reading) -> None:
-        """Which language is which, the first pairs as they will be trained, and what was left out."""
-        config, shown = self.config, read[:5]
-        source, target = (f"{language_name(tag)} ({tag})" for tag in (config.source_language, config.language))
-        lines = [f"{source} -> {target}, {len(read):,} pairs. The first:"]
-        lines += [f"  {_short(pair.source)} -> {_short(pair.target)}" for pair in shown]
-        examples = [[pair.source, pair.target] for pair in shown]
-        self.reporter.note("pairs", "\n".join(lines), pairs=len(read), examples=examples)
-        known = recogniser(config.language, config.source_language)
-        sample = [pair.target for pair in read[:: max(1, len(read) // 200)]]
-        if known is not None and len(sample) >= 20 and (found := sum(map(known, sample)) / len(sample)) < 0.2:
-            message = (
-                f"py3langid takes {found:.0%} of the targets for {language_name(config.language)}: is --language right?"
-            )
-            self.reporter.doubt("language", message, recognised=found, language=config.language)
-        if reading.wrong:
-            count = (
-                "1 line is no pair and was" if reading.wrong == 1 else f"{reading.wrong:,} lines are no pairs and were"
-            )
-            lines = [f"{count} left out (--strict refuses them):", *reading.first]
-            self.reporter.note("wrong_lines", "\n  ".join(lines), lines=reading.wrong, first=reading.first)
-
-    def _report_start(self) -> None:
-        config, processes = self.config, self.processes
-        together = f", {processes} processes" if processes > 1 else ""
-        lines = [
-            f"{len(self.train)} pairs to train, {len(self.dev)} for choices, {len(self.held_out)} held out{together}",
-            f"learning rates {config.embed_lr * self.scale:.3g} (embedding) and {config.lr * self.scale:.3g} (rows), "
-            f"which are {config.embed_lr:g} and {config.lr:g} of the standard deviation of the table's values, "
-            f"{self.scale:.3g}",
-        ]
-        self.reporter.note(
-            "start",
-            "\n".join(lines),
-            pairs=len(self.train),
-            dev=len(self.dev),
-            held_out=len(self.held_out),
-            processes=processes,
-            scale=self.scale,
-            embed_lr=config.embed_lr * self.scale,
-            lr=config.lr * self.scale,
-            run=str(self.run),
-        )
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 60 else f"{text[:59]}…"

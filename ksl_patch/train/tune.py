@@ -75,13 +75,14 @@ def tune_rows(
     stage: str,
     reporter: Reporter,
     later: int | None = None,
+    start: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Train the rows of `token_ids` (int64 [k]) from the base's values; returns them as float32 [k, d].
+    """Train the rows of `token_ids` (int64 [k]) from `start` [k, d]; returns them as float32 [k, d].
 
     examples: what is read, in this order: steps x batch_size x accumulate of them, for each process.
     The optimiser holds k x d numbers; the model's own weights are frozen and never copied. Checkpoints in
     `folder` let a killed run continue to the same result; a finished stage is read back from `rows.safetensors`.
-    later: steps of the stages that follow, for the time left.
+    later: steps of the stages that follow, for the time left. start: by default the base's own rows.
     """
     done = folder / "rows.safetensors"
     if done.is_file():
@@ -92,8 +93,9 @@ def tune_rows(
         parameter.requires_grad_(False)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    base_rows = find_embedding(model).weight.detach()[token_ids.to(model.device)].float()
-    slot = SlotRows(token_ids, base_rows, output=side == "input+output", prompt_only=scope == "prompt")
+    if start is None:
+        start = find_embedding(model).weight.detach()[token_ids.to(model.device)].float()
+    slot = SlotRows(token_ids, start, output=side == "input+output", prompt_only=scope == "prompt")
     with _alone(folder), training(model, slot) as trained, _evaluating_after(model):
         progress = _Progress(stage, reporter, later)
         trainer = _RowTrainer(

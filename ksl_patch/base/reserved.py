@@ -1,0 +1,91 @@
+"""Reserved tokens: those that a vocabulary keeps for later, so that no text has them; which they are is decided here.
+
+A row of such a token acts where its name is written into a prompt, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+# <unused5> [unused5] <|reserved_special_token_7|> <reserved_106> <|extra_3|> <|EXTRA_3_TOKEN|> <SPECIAL_12> <|dummy_7|>
+# <|placeholder1|> [UNUSED_TOKEN_146] >>UNUSED_119<< <｜place▁holder▁no▁799｜>; always with a number, between brackets.
+_NAME = re.compile(
+    r"(?:>>|[<\[{(])[|｜_]?(?:unused|reserved|extra|special|dummy|place.?holder)[\w.▁-]{0,40}?\d{1,9}\w{0,12}[|｜_]?(?:<<|[>\])}])",
+    re.IGNORECASE,
+)
+_ROLE = re.compile(r"token_(id|ids|index)$")
+_AROUND = ("{0}", "a{0}b", " {0} ", "{0}{0}", "\n{0}\n", "1{0}.{0}")
+
+
+def names_in(texts: Iterable[str]) -> set[str]:
+    """What reads like a reserved token's name in texts, in lower case: a tokenizer may not tell cases apart."""
+    return {name.lower() for text in texts for name in _NAME.findall(text)}
+
+
+class ReservedTokens:
+    """The reserved tokens of one tokenizer; its iterator gives their ids in ascending order, as it finds them.
+
+    model: its base, whose configuration names tokens with a role. Ids that the tokenizer has no text for, which tables
+    that were rounded up have at their end, are none of them: no template could name them.
+    """
+
+    def __init__(self, tokenizer: Any, model: Any = None) -> None:
+        self._tokenizer, self._model = tokenizer, model
+
+    def __iter__(self) -> Iterator[int]:
+        return (i for i in self._by_name.values() if self.why_not(i) is None)
+
+    def in_text(self, text: str) -> list[int]:
+        """The ids of those that a text names, ascending."""
+        found = {self._by_name[name] for name in _NAME.findall(text) if name in self._by_name}
+        return [i for i in sorted(found) if self.why_not(i) is None]
+
+    def name(self, token_id: int) -> str:
+        """What a text writes for a token."""
+        return str(self._tokenizer.convert_ids_to_tokens(token_id) or "")
+
+    def why_not(self, token_id: int) -> str | None:
+        """In words why a token is not reserved; None for one that is."""
+        name = self.name(token_id)
+        if not _NAME.fullmatch(name):
+            return "its name does not say so"
+        if token_id in self._roles:
+            return "the base's configuration gives it a role"
+        if name.lower() in self._in_chats:
+            return "the chat template has it"
+        for around in _AROUND:
+            text = around.format(name)
+            if self._tokenizer(text, add_special_tokens=False).input_ids.count(token_id) != text.count(name):
+                return "the tokenizer does not read its name as this one token"
+        return None
+
+    @cached_property
+    def _by_name(self) -> dict[str, int]:
+        found = {name: i for name, i in self._tokenizer.get_vocab().items() if _NAME.fullmatch(name)}
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
+    @cached_property
+    def _in_chats(self) -> set[str]:
+        template = getattr(self._tokenizer, "chat_template", None) or ""
+        return names_in(template.values() if isinstance(template, dict) else [template])
+
+    @cached_property
+    def _roles(self) -> set[int]:
+        """The ids that end or begin something, pad, or stand for a picture."""
+        named = [name for name in self._tokenizer.special_tokens_map.values() if isinstance(name, str)]
+        found = set(self._tokenizer.convert_tokens_to_ids(named)) - {None}
+        for config in (getattr(self._model, "config", None), getattr(self._model, "generation_config", None)):
+            if config is not None:
+                _collect(config.to_dict(), found)
+        return found
+
+
+def _collect(config: dict[str, Any], found: set[int]) -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _collect(value, found)
+        elif _ROLE.search(str(key)):
+            found.update(i for i in (value if isinstance(value, list) else [value]) if type(i) is int)

@@ -1,0 +1,127 @@
+"""The selection "reserved": which tokens that no text has, where their training starts, and that prompts reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+
+from ksl_patch.base import find_embedding
+from ksl_patch.base.reserved import names_in
+from ksl_patch.data.pairs import Pair
+from ksl_patch.data.templates import has_words, make_template, without
+from ksl_patch.errors import RunError
+from ksl_patch.hf import prompt_ids
+from ksl_patch.patch import TemplateMeta
+from ksl_patch.store.references import load
+from ksl_patch.terminal import counted
+from ksl_patch.train.config import BuildConfig
+
+if TYPE_CHECKING:
+    from ksl_patch.train.material import Material
+
+
+def check_settings(config: BuildConfig) -> None:
+    """Raise RunError for what reserved rows cannot be."""
+    if config.selection != "reserved" or config.rows:
+        if config.beside:
+            raise RunError("other patches' tokens are left alone (beside) by the selection 'reserved' only.")
+        return
+    if config.top_k is None:
+        raise RunError("the selection 'reserved' needs top_k: nothing else says how many rows to take.")
+    if config.side != "input":
+        raise RunError("reserved rows act where a prompt has their tokens: the selection 'reserved' has side 'input'.")
+    if config.mode != "partial":
+        raise RunError("reserved rows are tuned alone: the selection 'reserved' has mode 'partial'.")
+
+
+def choose(of: Material, pairs: Sequence[Pair]) -> list[str]:
+    """The names of `top_k` reserved tokens, those of the smallest ids that nothing else has.
+
+    Neither the pairs, nor the patches that it is built beside, nor the template as it was given. Raises RunError where
+    there are fewer, with how many there are.
+    """
+    config, reserved = of.config, of.reserved
+    if own := names_in([config.template, config.system or ""]):
+        raise RunError(
+            f"the template names {sorted(own)[0]} itself: {{reserved}} says where reserved tokens go, and which they "
+            "are is chosen; or name the rows with --rows."
+        )
+    texts = (text for pair in pairs for text in (pair.source, pair.target, *(value for _, value in pair.fields)))
+    taken, others = names_in(texts), _beside(of)
+    free = (i for i in reserved if i not in others and reserved.name(i).lower() not in taken)
+    assert config.top_k is not None
+    ids = list(islice(free, config.top_k))
+    if len(ids) < config.top_k:
+        found = [i for i in reserved if i < of.base.vocab_size]
+        left = f", {len(ids)} of which nothing else has" if len(ids) < len(found) else ""
+        have = (
+            f"{counted(len(found), 'reserved token')}{left}"
+            if found
+            else "no reserved token: no name in its vocabulary says so, as <unused5> would"
+        )
+        raise RunError(f"{counted(config.top_k, 'row')} asked for, and this base has {have}.")
+    return [reserved.name(i) for i in ids]
+
+
+def _beside(of: Material) -> set[int]:
+    """The token ids of the patches that it is built beside. Raises BaseMismatchError for a patch of another base."""
+    found: set[int] = set()
+    for reference in of.config.beside:
+        patch = load(reference)
+        patch.check_table(find_embedding(of.model))
+        patch.check_vocabulary(of.tokenizer)
+        found.update(patch.token_ids.tolist())
+    return found
+
+
+def positions(of: Material) -> int:
+    """How many tokens of the template are reserved ones, each as often as it stands there.
+
+    Raises RunError where the tokenizer does not read them in the template as it does alone.
+    """
+    template, count = of.template, 0
+    ids = prompt_ids(of.tokenizer, [template.text], chat=template.chat)[0] if of.reserved_ids else []
+    for i in of.reserved_ids:
+        name = of.reserved.name(i)
+        wanted, found = template.text.count(name), ids.count(i)
+        if found != wanted:
+            raise RunError(
+                f"the tokenizer reads {name!r} {found} times in a template that has it {wanted} times, so its row "
+                "would not be reached: put {reserved} elsewhere."
+            )
+        count += found
+    return count
+
+
+def unreserved(of: Material) -> TemplateMeta:
+    """The template without its reserved tokens; the plain one where it has no words beside them."""
+    template, config = without(of.template, [of.reserved.name(i) for i in of.reserved_ids]), of.config
+    if has_words(template):
+        return template
+    return make_template(
+        "plain", source_language=config.source_language, language=config.language, tokenizer=of.tokenizer
+    )
+
+
+def start_ids(of: Material, k: int) -> list[int] | None:
+    """The tokens whose rows the training of k reserved rows starts from: the instruction's, over and over.
+
+    They are those of the template's own words, or, where it has none, of the plain one's. None to start from the
+    reserved rows as they are. After Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning" (2021).
+    """
+    if of.config.start == "base":
+        return None
+    template, tokenizer = unreserved(of), of.tokenizer
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    texts = prompt_ids(tokenizer, template.pieces()[::2], chat=True)
+    words = [i for ids in texts for i in ids if i not in special]
+    return [words[place % len(words)] for place in range(k)] if words else None
+
+
+def start_rows(of: Material, token_ids: torch.Tensor) -> torch.Tensor | None:
+    """Those rows for token_ids int64 [k], float32 [k, d] on the CPU; None to start from the base's own."""
+    ids = start_ids(of, len(token_ids))
+    return None if ids is None else of.base_rows(torch.tensor(ids))
