@@ -86,8 +86,8 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
     type=click.Choice(["ks", "frequency", "l2", "random", "single", "reserved"]),
     default="ks",
     help="How the rows are chosen; frequency, l2, random and reserved need --top-k. single is one row: of the "
-    "template's tokens, each trained alone, the one with the lowest loss on the dev pairs. reserved are tokens of the vocabulary "
-    "that no text has, put into the template: nothing else is changed.",
+    "template's tokens, each trained alone, the one with the lowest loss on the dev pairs. reserved are tokens of the "
+    "vocabulary that no text has, put into the template: nothing else is changed.",
 )
 @click.option(
     "--start",

@@ -34,11 +34,14 @@ def certify(
     reference: str, delta: float, alpha: float | None, max_new_tokens: int | None, output: Path | None, as_json: bool,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Certify how far a patch agrees with the fully tuned embedding of its build, on held-out pairs.
+    """Certify what a patch leaves alone, and how far it agrees with the fully tuned embedding of its build.
 
-    That is no certificate of quality: the tuned embedding may be wrong, and `eval` measures how good the two are.
+    Agreement is no certificate of quality: the tuned embedding may be wrong, and `eval` measures how good the two are.
 
-    Three statements, each with its assumptions: inputs on which the two are bit-equal, counted; the share of next
+    First, what it changes outside its template: nothing, where its tokens are reserved ones, which no text has; that is
+    all that is said of such a patch, since it comes from no tuned embedding.
+
+    Then three statements, each with its assumptions: inputs on which the two are bit-equal, counted; the share of next
     tokens and of whole greedy outputs on which they agree, with a lower bound; and the paper's KS margin, a heuristic,
     beside what was measured. The result goes into the patch's metadata.
     """
@@ -83,7 +86,8 @@ def table(certificate: Certificate) -> Table:
     from ksl_patch.evidence.certificate import statements
 
     result = Table(
-        title=f"Agreement with the tuned embedding, on {certificate.what}",
+        title="Certificate"
+        + (f"; agreement with the tuned embedding, on {certificate.what}" if certificate.next_token else ""),
         title_justify="left",
         show_lines=True,
     )

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     "--controls",
     default="all",
     metavar="LIST",
-    help="all (which is frequency,l2,random,noise), none, or some of these and single, the best row of the template's: "
-    "it trains a patch for each of the template's tokens. What is not trained yet is trained.",
+    help="all (which is ks,frequency,l2,random,reserved,noise, as far as there are such), none, or some of these and "
+    "single, the best row of the template's: it trains a patch for each of the template's tokens. What is not trained "
+    "yet is trained.",
 )
 @click.option(
     "--seeds",
@@ -40,11 +41,13 @@ def eval(
 ) -> None:  # fmt: skip
     """Measure a patch on held-out pairs: the base, the tuned embedding, the patch, and the controls.
 
-    Controls have as many rows as the patch: the most frequent tokens, those that moved farthest, random ones, and the
-    patch's own rows moved as far in a random direction. Each gets chrF++ and BLEU of the raw output and of its first
+    Controls have as many rows as the patch: those of largest KS distance, the most frequent tokens, those that moved
+    farthest, random ones, reserved ones that stand before the prompt, and the patch's own rows moved as far in a random
+    direction. Each gets chrF++ and BLEU of the raw output and of its first
     line, the share of outputs that end by themselves and of those in the target language, their length, and the loss
     per target token, with paired bootstrap intervals of the difference from the base and of the patch's lead over it,
-    over the held-out text. The patch's gain in chrF++ is split into content and stopping. The result goes into the
+    over the held-out text; and what it does to text in twenty languages and prompts that are not its task. The patch's
+    gain in chrF++ is split into content and stopping. The result goes into the
     patch's metadata.
 
     The figures are of the pairs that the build held out. Choose between builds on its dev pairs, with --part dev.
@@ -52,7 +55,7 @@ def eval(
     Everything trained and generated stays in the run folder: an evaluation that was cut off continues.
     """
     from ksl_patch.patch.evaluation import CONTROLS, SYSTEMS, Evaluation, write
-    from ksl_patch.patch.wording import where_from, which_occur
+    from ksl_patch.patch.wording import elsewhere_in_words, where_from, which_occur
 
     chosen = {"all": CONTROLS, "none": ()}.get(controls, tuple(part.strip() for part in controls.split(",")))
     if unknown := set(chosen) - {*CONTROLS, "single"}:
@@ -62,7 +65,7 @@ def eval(
     with subject(reference, output=output, needs_build=False, as_json=as_json, **options) as it:
         from ksl_patch.evidence.evaluate import evaluate
         from ksl_patch.evidence.outputs import Cache
-        from ksl_patch.evidence.systems import make_systems
+        from ksl_patch.evidence.systems import make_systems, prompts_of
 
         old = it.replaced(Evaluation)
         loss = "" if old is None or old.systems else f"It replaces the build's loss on {old.what}."
@@ -79,6 +82,7 @@ def eval(
             it.model, it.tokenizer, it.held_out, systems, it.reporter, max_new_tokens=max_new_tokens,
             cache=Cache.of(it.build) if it.build else None, part=it.part, uses=it.count_use(),
             source_language=it.build.config.source_language if it.build else None,
+            prompts=prompts_of(it.patch, it.build, systems, it.tokenizer),
         )  # fmt: skip
         it.save(evaluation=write(result))
     if as_json:
@@ -89,7 +93,7 @@ def eval(
 
     console = PlainConsole(width=None if PlainConsole().is_terminal else 140)
     console.print(table(result, console.width))
-    for sentence in (where_from(result), which_occur(result)):
+    for sentence in (where_from(result), which_occur(result), elsewhere_in_words(result.elsewhere)):
         console.print(sentence)
     named = ["stops by itself", *(["noise"] if any(system.name == "noise" for system in result.systems) else [])]
     console.print(explain(*named))

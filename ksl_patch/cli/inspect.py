@@ -12,6 +12,7 @@ from ksl_patch.cli.options import REFERENCE, base_option, json_option
 
 if TYPE_CHECKING:
     from ksl_patch.patch import Patch
+    from ksl_patch.patch.evaluation import Elsewhere
 
 
 @click.command()
@@ -28,28 +29,46 @@ def inspect(reference: str, rows: int, base: str | None, as_json: bool) -> None:
 
     patch, loaded, _ = resolve(reference)
     size = patch.stat().st_size
-    outside = None if base is None else _outside(loaded, base)
+    outside, elsewhere = (None, None) if base is None else _with_base(loaded, base)
     if as_json:
         meta = dataclasses.asdict(loaded.meta)
         print(
             json.dumps({
                 "path": str(patch), "bytes": size, "digest": loaded.digest, **meta, "rows": loaded.row_facts(),
-                "outside": outside,
+                "outside": outside, "elsewhere": elsewhere and dataclasses.asdict(elsewhere),
             })
         )  # fmt: skip
     else:
-        _print(loaded, size, rows)
+        _print(loaded, size, rows, elsewhere)
         for row in outside or ():
             click.echo(f"Note: {outside_in_words(row)}")
 
 
-def _outside(patch: Patch, base: str) -> list[dict[str, Any]]:
+def _with_base(patch: Patch, base: str) -> tuple[list[dict[str, Any]], Elsewhere]:
     from ksl_patch.base import find_embedding
     from ksl_patch.hf import load_base
 
     model, tokenizer = load_base(base, device="cpu")
     patch.check(model, tokenizer)
-    return patch.outside(find_embedding(model))
+    return patch.outside(find_embedding(model)), checked_elsewhere(patch, tokenizer, model)
+
+
+def checked_elsewhere(patch: Patch, tokenizer: Any, model: Any) -> Elsewhere:
+    """What a patch changes outside its template, by the base's tokenizer.
+
+    Raises PatchError where it calls its tokens reserved and one is not.
+    """
+    from ksl_patch.errors import PatchError
+    from ksl_patch.evidence.elsewhere import not_reserved, touched
+
+    wrong = not_reserved(patch, tokenizer, model)
+    if wrong and patch.meta.ticket and patch.meta.ticket.selection == "reserved":
+        i, why = next(iter(wrong.items()))
+        raise PatchError(
+            f"the patch calls its tokens reserved, and {len(wrong)} of them are not in this base, so it changes other "
+            f"text: token {i}: {why}."
+        )
+    return touched(patch, tokenizer, model)
 
 
 def outside_in_words(row: dict[str, Any]) -> str:
@@ -60,12 +79,12 @@ def outside_in_words(row: dict[str, Any]) -> str:
     )
 
 
-def _print(patch: Patch, size: int, limit: int) -> None:
+def _print(patch: Patch, size: int, limit: int, elsewhere: Elsewhere | None) -> None:
     from rich.table import Table
 
     from ksl_patch.errors import PatchError
     from ksl_patch.patch.evaluation import Evaluation, read
-    from ksl_patch.patch.wording import occurrence_table, which_occur
+    from ksl_patch.patch.wording import elsewhere_in_words, known_elsewhere, occurrence_table, which_occur
     from ksl_patch.terminal import PlainConsole, counted
     from ksl_patch.words import explain
 
@@ -107,6 +126,7 @@ def _print(patch: Patch, size: int, limit: int) -> None:
         evaluation = None
     if evaluation is not None:
         fact("loss", f"{evaluation.loss_base:.3f} base, {evaluation.loss_patch:.3f} patch, on {evaluation.what}")
+    fact("elsewhere", elsewhere_in_words(elsewhere) or known_elsewhere(meta) or None)
     if meta.origin:
         fact("merged from", ", ".join(f"{o.name} {o.digest[:12]} ({len(o.token_ids)} rows)" for o in meta.origin))
     fact("licence", meta.licence)

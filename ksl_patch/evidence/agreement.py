@@ -10,6 +10,7 @@ import torch
 from ksl_patch.data.encoding import Encoded, Example, collate
 from ksl_patch.errors import RunError
 from ksl_patch.evidence.certificate import exact, ks_margin, lower_bound
+from ksl_patch.evidence.elsewhere import elsewhere_in, elsewhere_of
 from ksl_patch.evidence.outputs import Cache, outputs_of, token_limit
 from ksl_patch.hf import attach
 from ksl_patch.overlay import slot_rows
@@ -30,11 +31,22 @@ def certify(
     part: str | None = None,
     uses: int | None = None,
 ) -> Certificate:
-    """The certificate of a patch against the tuned embedding that its build began with.
+    """The certificate of a patch: what it does outside its template, and, against the tuned embedding that its build
+    began with, its agreement. Reserved rows come from no tuned embedding, and there is the former alone.
 
     held_out: pairs that trained nothing and chose nothing. part, uses: as in `compare.evaluate`. Raises RunError when
     the build has no tuned embedding.
     """
+    cache = Cache.of(build)
+    model, tokenizer, reporter = build.model, build.tokenizer, build.reporter
+    texts = elsewhere_of(model, tokenizer, None, cache, reporter)
+    outside = elsewhere_in(model, tokenizer, patch, texts, cache, reporter)
+    if build.reserved_ids:
+        return Certificate(
+            pairs=len(held_out), data_digest=held_out.digest, delta=delta,
+            max_new_tokens=max_new_tokens or token_limit(held_out), exact=None, next_token=None, continuation=None,
+            margin=None, part=part, elsewhere=outside,
+        )  # fmt: skip
     if not build.is_embedding_tuned:
         raise RunError(
             f"{build.run} has no tuned embedding to compare the patch with, of this seed, base, pairs and template: "
@@ -48,8 +60,8 @@ def certify(
     patched, _ = _next_tokens(build.model, held_out.examples, patch)
     outputs = [
         outputs_of(
-            build.model, build.tokenizer, held_out, each, max_new_tokens=max_new_tokens, cache=Cache.of(build),
-            reporter=build.reporter, stage=f"answers: {name}",
+            model, tokenizer, held_out, each, max_new_tokens=max_new_tokens, cache=cache, reporter=reporter,
+            stage=f"answers: {name}",
         ).token_ids
         for name, each in (("embedding tuned", tuned), ("patch", patch))
     ]  # fmt: skip
@@ -78,6 +90,7 @@ def certify(
         ),
         part=part,
         notes=notes,
+        elsewhere=outside,
     )  # fmt: skip
 
 

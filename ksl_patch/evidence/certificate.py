@@ -15,13 +15,21 @@ from ksl_patch.base.tensors import row_bits
 from ksl_patch.errors import RunError
 from ksl_patch.patch import Patch
 from ksl_patch.patch.evaluation import Bound, Certificate, Margin, in_words
+from ksl_patch.patch.wording import elsewhere_in_words
 
+HARMLESS = "Harmless outside its template: an input without the patch's tokens gets what the base gives, bit for bit"
 # What a certificate is, as the paper's Theorem 2 is.
 MEANING = (
     "A certificate is of agreement with the tuned embedding, not of quality: where that is wrong, the patch agrees "
     "with what is wrong. How good the two are is what `ksl-patch eval` measures."
 )
 ASSUMPTIONS = {
+    "elsewhere": "By construction: the head is the base's, so a row acts only where an input has its token, and this "
+    "base's tokenizer gives these tokens for their own names alone. A text that writes such a name, or a model that "
+    "writes one by itself, is not covered. The texts are a check of it: articles 1 and 3 of the Universal Declaration "
+    "of Human Rights in each language, and prompts of other tasks, answered greedily.",
+    "elsewhere touched": "Counted on articles 1 and 3 of the Universal Declaration of Human Rights in each language: "
+    "other text has these tokens more or less often. A loss that did not rise here may rise there.",
     "exact": "Counted on these inputs, not estimated. Every token of the input has the same row, bit for bit, under "
     "the patch and in the tuned table, so the next token's logits are the same too. It says nothing of other inputs, "
     "nor of what follows once the model has written a token whose row is another one.",
@@ -121,10 +129,12 @@ def _confidence(certificate: Certificate) -> str:
 
 
 def summary(certificate: Certificate) -> str:
-    """A certificate in two lines."""
+    """A certificate in a few lines."""
     c, level = certificate, _confidence(certificate)
-    word, whole = c.next_token, c.continuation
-    return (
+    word, whole, outside = c.next_token, c.continuation, elsewhere_in_words(c.elsewhere)
+    if word is None or whole is None:
+        return outside
+    return (f"{outside}\n" if outside else "") + (
         f"On {word.agreements} of {in_words(word.examples, c.part)} the patch begins with the "
         f"tuned embedding's token (confidence {level}: on at least {at_least(word.lower)} of such text), on "
         f"{whole.agreements} it gives the same whole answer (at least {at_least(whole.lower)}).\n{MEANING}"
@@ -133,9 +143,23 @@ def summary(certificate: Certificate) -> str:
 
 def statements(certificate: Certificate) -> list[tuple[str, str, str]]:
     """What a certificate says in words: the statement, what was found, and its assumptions."""
-    c, m = certificate, certificate.margin
+    c, m, outside = certificate, certificate.margin, certificate.elsewhere
     level = f"at least {{}} with confidence {_confidence(c)}"
+    found = []
+    if outside is not None and outside.reserved:
+        checked = (
+            f"all its tokens are reserved; the loss is the base's in {outside.equal} of {outside.languages} texts, "
+            f"the answer in {outside.same} of {outside.prompts}"
+        )
+        found.append((HARMLESS, checked, ASSUMPTIONS["elsewhere"]))
+    elif outside is not None:
+        found.append(
+            ("What it changes outside its template", elsewhere_in_words(outside), ASSUMPTIONS["elsewhere touched"])
+        )
+    if c.next_token is None or c.continuation is None or m is None:
+        return found
     return [
+        *found,
         (
             "Exact: bit-equal to the tuned embedding on the whole input",
             f"{c.exact} of {c.pairs} inputs",

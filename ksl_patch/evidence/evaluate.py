@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -11,14 +11,16 @@ from ksl_patch.data.encoding import Encoded, check_ids, encode, source_tokens
 from ksl_patch.data.pairs import Pair, distinct
 from ksl_patch.data.sketch import seen
 from ksl_patch.errors import DataError, RunError
+from ksl_patch.evidence.elsewhere import elsewhere_in, elsewhere_of, other_text
 from ksl_patch.evidence.outputs import Cache, Outputs, outputs_of, token_limit
 from ksl_patch.evidence.scorer import Scorer
 from ksl_patch.hf import end_token_id
-from ksl_patch.patch import Patch
+from ksl_patch.patch import Patch, TemplateMeta
 from ksl_patch.patch.evaluation import SYSTEMS, Evaluation, Occurrence, Sample, SystemScores
 from ksl_patch.train.build import Build
 from ksl_patch.train.progress import Reporter
 
+_ANY_LENGTH = 2**20
 _SAMPLES = 6
 _SAMPLE_CHARACTERS = 600  # the text of a model that does not stop is long
 
@@ -36,12 +38,14 @@ def evaluate(
     part: str | None = None,
     uses: int | None = None,
     source_language: str | None = None,
+    prompts: Mapping[str, TemplateMeta] | None = None,
 ) -> Evaluation:
     """Run every system and the base on held-out pairs, and score them; see `Scorer` for the intervals.
 
     max_new_tokens: by default what `token_limit` says. cache: where finished runs are kept, so that an evaluation that
     was cut off continues. part: which pairs these are (`Evaluation`); uses: how many patches were measured on them.
     source_language: of the pairs, which an output may be in; English, with a note, where it is not known.
+    prompts: of systems that answer another one than the pairs are in, by name; "base" among them.
     """
     own = next(iter(systems["patch"].values()))
     scorer = Scorer(
@@ -50,26 +54,36 @@ def evaluate(
     )  # fmt: skip
     max_new_tokens = max_new_tokens or token_limit(held_out)
 
+    prompts, end = prompts or {}, end_token_id(model, tokenizer)
+
     def of(patch: Patch | None, name: str) -> Outputs:
+        other = name in prompts and prompts[name] != held_out.template
+        pairs = encode(prompts[name], held_out.pairs, tokenizer, end, _ANY_LENGTH) if other else held_out
         return outputs_of(
-            model, tokenizer, held_out, patch, max_new_tokens=max_new_tokens, cache=cache, reporter=reporter,
+            model, tokenizer, pairs, patch, max_new_tokens=max_new_tokens, cache=cache, reporter=reporter,
             stage=f"answers: {SYSTEMS.get(name, name)}",
         )  # fmt: skip
 
     base = of(None, "base")
-    scores = [SystemScores(name="base", rows=[0], seeds=[], figures=scorer.of_base(base))]
+    texts = elsewhere_of(model, tokenizer, None, cache, reporter)
+    scores = [SystemScores(name="base", rows=[0], seeds=[], figures=scorer.of_base(base) | other_text(None, texts))]
     runs: dict[str, list[Outputs]] = {}
     for name, patches in systems.items():
         for patch in patches.values():
             runs.setdefault(name, []).append(of(patch, name))
     reporter.note("scoring", f"Scoring, with {scorer.resamples:,} resamples of the text ...")
+    found = {
+        name: elsewhere_in(model, tokenizer, next(iter(patches.values())), texts, cache, reporter)
+        for name, patches in systems.items()
+    }
     for name, patches in systems.items():
         scores.append(
             SystemScores(
                 name=name,
                 rows=[len(patch.token_ids) for patch in patches.values()],
                 seeds=list(patches),
-                figures=scorer.figures(runs[name], base, None if name == "patch" else runs["patch"][0]),
+                figures=scorer.figures(runs[name], base, None if name == "patch" else runs["patch"][0])
+                | other_text(found[name], texts),
                 split=scorer.split(runs[name][0], base),
             )
         )
@@ -79,7 +93,7 @@ def evaluate(
     guess = "The pairs' own language is not known here; it is taken to be English where an output's language is told."
     notes = [
         *scorer.notes, *([guess] if assumed else []), *_notes(scores, scorer, seeds, part, uses),
-        *_limit_notes(held_out, max_new_tokens), *about_rows,
+        *_limit_notes(held_out, max_new_tokens), *about_rows, *_prompt_notes(prompts, systems),
     ]  # fmt: skip
     return Evaluation(
         pairs=len(held_out),
@@ -94,6 +108,7 @@ def evaluate(
         part=part,
         documents=scorer.documents,
         occurrences=rows,
+        elsewhere=found["patch"],
         systems=scores,
         samples=[
             Sample(
@@ -180,6 +195,15 @@ def _notes(scores: Sequence[SystemScores], scorer: Scorer, seeds: int, part: str
     return notes
 
 
+def _prompt_notes(prompts: Mapping[str, TemplateMeta], systems: Mapping[str, Any]) -> list[str]:
+    """Which systems answer another prompt than the patch, and which."""
+    said: dict[str, list[str]] = {}
+    for name, template in prompts.items():
+        if name == "base" or name in systems:
+            said.setdefault(template.text, []).append(SYSTEMS.get(name, name))
+    return [f"Another prompt than the patch's, {text!r}, has: {', '.join(names)}." for text, names in said.items()]
+
+
 def _limit_notes(held_out: Encoded, max_new_tokens: int) -> list[str]:
     """What is cut by a limit on new tokens."""
     longer = sum(len(example.answer) > max_new_tokens for example in held_out.examples)
@@ -229,6 +253,6 @@ def encode_test(
         return build.encode(kept, "test")
     if patch.meta.template is None:
         raise RunError("the patch names no prompt template, so there is nothing to put the sentences into.")
-    encoded = encode(patch.meta.template, kept, tokenizer, end_token_id(model, tokenizer), 2**20)
+    encoded = encode(patch.meta.template, kept, tokenizer, end_token_id(model, tokenizer), _ANY_LENGTH)
     check_ids((e.prompt + e.answer for e in encoded.examples), patch.meta.base.vocab_size)
     return encoded

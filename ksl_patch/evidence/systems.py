@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from ksl_patch.base.reserved import ReservedTokens
+from ksl_patch.data.templates import without
 from ksl_patch.errors import RunError
-from ksl_patch.patch import Patch
+from ksl_patch.patch import Patch, TemplateMeta
 from ksl_patch.patch.evaluation import CONTROLS
+from ksl_patch.ticket import Selection
 from ksl_patch.train.build import Build
+from ksl_patch.train.reserved import unreserved
 
 
 def noise_patch(patch: Patch, seed: int) -> Patch:
@@ -19,6 +24,29 @@ def noise_patch(patch: Patch, seed: int) -> Patch:
     direction = torch.randn(base.shape, generator=torch.Generator().manual_seed(seed))
     length = (patch.rows.float() - base).norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True)
     return replace(patch, rows=(base + direction * length).to(patch.rows.dtype), output_rows=None)
+
+
+def prompts_of(
+    patch: Patch, build: Build | None, systems: dict[str, dict[int, Patch]], tokenizer: Any
+) -> dict[str, TemplateMeta]:
+    """The prompt of each system that answers another one than the patch: with reserved tokens, or without any.
+
+    The base's is without, as who has no patch would ask it.
+    """
+    own = patch.meta.template
+    if own is None:
+        return {}
+    if build is not None:
+        base = unreserved(build) if build.reserved_ids else own
+    else:
+        reserved = ReservedTokens(tokenizer)
+        base = without(own, [reserved.name(i) for i in patch.token_ids.tolist() if not reserved.why_not(i)])
+    found = {"base": base}
+    for name, patches in systems.items():
+        template = next(iter(patches.values())).meta.template
+        if template is not None:
+            found[name] = template
+    return {name: template for name, template in found.items() if template != own}
 
 
 def make_systems(
@@ -42,11 +70,14 @@ def make_systems(
         for seed, seeded in builds.items():
             if seed != own:
                 seeded.embedding()  # its ticket comes from there
-    without = [seed for seed, seeded in builds.items() if not seeded.is_embedding_tuned]
+    # Rows that texts have are trained in a prompt without reserved tokens, and reserved ones in one with them.
+    plain = {seed: seeded.selecting("frequency", len(patch.token_ids)) for seed, seeded in builds.items()}
+    without = [seed for seed, seeded in plain.items() if not seeded.is_embedding_tuned]
     if without:
         build.reporter.note(
             "left_out",
-            f"the tuned embedding is left out, and so is the control l2, which is chosen from it: {build.run} has none "
+            "the tuned embedding is left out, and so are the controls ks and l2, which are chosen from it: "
+            f"{build.run} has none "
             f"for the seed {', '.join(map(str, without))}. "
             + (
                 f"The selection {selection!r} needs none; `ksl-patch build` with the same settings there, with "
@@ -56,19 +87,23 @@ def make_systems(
             ),
             seeds=without,
         )
+    reserved: dict[int, Build] = {}
+    if "reserved" in controls and selection != "reserved":
+        try:
+            reserved = {seed: seeded.selecting("reserved", len(patch.token_ids)) for seed, seeded in builds.items()}
+        except RunError as error:
+            build.reporter.note("left_out", f"reserved rows are left out: {error}")
     for seed, seeded in builds.items():
         this = patch if seed == own else seeded.patch_of(seeded.ticket())
         made = {"patch": this}
         k = len(this.token_ids)
-        for name in ("frequency", "random"):
-            if name in controls and name != selection:
-                made[name] = seeded.patch_of(seeded.ticket(name, k))  # type: ignore[arg-type]
+        names: list[Selection] = ["frequency", "random", "single", *(() if without else ("ks", "l2"))]
+        others = dict.fromkeys(names, plain[seed]) | ({"reserved": reserved[seed]} if reserved else {})
+        for rule, other in others.items():
+            if rule in controls and rule != selection:
+                made[rule] = other.patch_of(other.ticket(rule, k))
         if not without:
-            made["embedding"] = seeded.embedding_patch()
-            if "l2" in controls and selection != "l2":
-                made["l2"] = seeded.patch_of(seeded.ticket("l2", k))
-        if "single" in controls and selection != "single":
-            made["single"] = seeded.patch_of(seeded.ticket("single"))
+            made["embedding"] = plain[seed].embedding_patch()
         if "noise" in controls:
             made["noise"] = noise_patch(this, seed)
         for name, system in made.items():

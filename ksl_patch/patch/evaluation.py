@@ -26,19 +26,24 @@ METRICS: dict[str, tuple[str, str, bool | None]] = {
     "stop_rate": ("stops by itself", ".1%", True),
     "in_language": ("in the target language", ".1%", True),
     "characters": ("mean characters", ".0f", None),
+    "touched": ("of 1,000 tokens of other text, changed", ".0f", False),
+    "other_loss": ("loss per token of other text", ".3f", False),
+    "other_same": ("other prompts answered as by the base", ".0%", True),
 }
 # The systems in the order of the tables, and what each is.
 SYSTEMS = {
     "base": "base",
     "embedding": "embedding tuned",
     "patch": "patch",
+    "ks": "largest KS distance",
     "frequency": "most frequent rows",
     "l2": "largest L2 change",
     "random": "random rows",
     "single": "best single row",
+    "reserved": "reserved rows",
     "noise": "random change, same norms",
 }
-CONTROLS = ("frequency", "l2", "random", "noise")
+CONTROLS = ("ks", "frequency", "l2", "random", "reserved", "noise")
 PARTS = {"dev": "dev", "held-out": "held-out", "given": "test"}
 
 
@@ -133,6 +138,32 @@ class Occurrence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """What a patch does to text that is not its task: a sample in several languages, and other prompts.
+
+    reserved: whether all its tokens are such that no text has them, and the head is left alone: it is harmless outside
+    its template then. tokens: of the sample; touched: those of them that the patch has rows of. equal: texts whose loss
+    is the base's to the last bit. loss_base, loss_patch: per token of the sample, in nats. prompts: how many others
+    were answered, same: with the base's own tokens. None: not measured.
+    """
+
+    reserved: bool
+    languages: int
+    tokens: int
+    touched: int
+    equal: int | None = None
+    loss_base: Number | None = None
+    loss_patch: Number | None = None
+    prompts: int | None = None
+    same: int | None = None
+
+    @property
+    def per_thousand(self) -> float:
+        """Tokens of the sample that the patch changes, of a thousand."""
+        return 1000 * self.touched / max(1, self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Figures on pairs that trained nothing. A build writes the loss on its dev pairs, `ksl-patch eval` everything.
 
@@ -140,7 +171,7 @@ class Evaluation:
     signatures: sacrebleu's, by metric. notes: what a reader must know to read the figures.
     part: "dev" for the pairs that choices are made on, "held-out" for the others that the build set aside, "given" for
     another file's. documents: how many the intervals resample; None where pairs have none, and sentences are resampled.
-    occurrences: of each row of the patch; None in files of before.
+    occurrences: of each row of the patch; elsewhere: what it does to other text. None in files of before.
     """
 
     pairs: int
@@ -157,6 +188,7 @@ class Evaluation:
     part: str | None = None
     documents: int | None = None
     occurrences: list[Occurrence] | None = None
+    elsewhere: Elsewhere | None = None
 
     @property
     def what(self) -> str:
@@ -204,21 +236,24 @@ class Margin:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """The three certificates of a patch against the tuned embedding; `evidence/certificate.py` has their assumptions.
+    """What can be certified of a patch; `evidence/certificate.py` has the assumptions.
 
-    exact: inputs whose every token has the same row in both tables. part, notes: as in `Evaluation`.
+    exact, next_token, continuation, margin: its agreement with the tuned embedding, None for reserved rows, which come
+    from none. exact: inputs whose every token has the same row in both tables. part, notes: as in `Evaluation`.
+    elsewhere: what it does outside its template; None in files of before.
     """
 
     pairs: int
     data_digest: str
     delta: Share
     max_new_tokens: int
-    exact: int
-    next_token: Bound
-    continuation: Bound
-    margin: Margin
+    exact: int | None
+    next_token: Bound | None
+    continuation: Bound | None
+    margin: Margin | None
     part: str | None = None
     notes: list[str] = field(default_factory=list)
+    elsewhere: Elsewhere | None = None
 
     @property
     def what(self) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
-from ksl_patch.patch.evaluation import METRICS, Difference, Evaluation, Figure
+from ksl_patch.errors import PatchError
+from ksl_patch.patch.evaluation import METRICS, Certificate, Difference, Elsewhere, Evaluation, Figure, read
+from ksl_patch.patch.meta import PatchMeta
 
 _NAMED = 24  # rows in a sentence; tables have all of them
 
@@ -81,6 +84,42 @@ def which_occur(evaluation: Evaluation) -> str:
         f"{len(absent)} of {len(rows)} rows {occur} in none of the {evaluation.pairs} prompts: "
         f"{', '.join(absent[:_NAMED])}{more}; {nowhere or 'none'} of these in no reference answer either."
     )
+
+
+def elsewhere_in_words(found: Elsewhere | None) -> str:
+    """In a sentence or two, what a patch does outside its template; empty where unknown."""
+    if found is None:
+        return ""
+    text = f"{found.tokens:,} tokens of other text ({found.languages} languages)"
+    if found.reserved:
+        said = f"Harmless outside its template: no text has its tokens, and none of {text} is one."
+    else:
+        said = f"Outside its template it changes {found.touched:,} of {text}, {found.per_thousand:.0f} in 1,000."
+    if found.loss_patch is None or found.loss_base is None:
+        return said
+    loss = (
+        f"is the base's to the last bit in {found.equal} of the {found.languages}"
+        if found.equal == found.languages
+        else f"goes from {found.loss_base:.3f} to {found.loss_patch:.3f}"
+    )
+    return (
+        f"{said} The loss of that text {loss}; {found.same} of {found.prompts} other prompts get the base's own answer."
+    )
+
+
+def known_elsewhere(meta: PatchMeta) -> str:
+    """The same of a patch by what its file says: as it was measured, or, of reserved rows, by their build's word."""
+    found: list[Evaluation | Certificate | None] = []
+    with suppress(PatchError):  # another tool's
+        found.append(read(Evaluation, meta.evaluation))
+    with suppress(PatchError):
+        found.append(read(Certificate, meta.certificate))
+    for value in found:
+        if value is not None and value.elsewhere is not None:
+            return elsewhere_in_words(value.elsewhere)
+    if meta.ticket is None or meta.ticket.selection != "reserved":
+        return ""
+    return "Harmless outside its template: its build says that no text has its tokens (verify --base checks it)."
 
 
 def occurrence_table(evaluation: Evaluation | None) -> tuple[list[str], dict[int, list[str]]]:

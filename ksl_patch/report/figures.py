@@ -26,7 +26,18 @@ from ksl_patch.patch.wording import show
 
 _INK, _GRID, _ACCENT, _OTHER = "#010203", "#040506", "#070809", "#0a0b0c"
 _VARIABLES = {_INK: "var(--ink)", _GRID: "var(--grid)", _ACCENT: "var(--accent)", _OTHER: "var(--other)"}
-_PLOTTED = ("loss", "chrf_first_line", "chrf", "bleu_first_line", "stop_rate", "in_language", "characters")
+_PLOTTED = (
+    "loss",
+    "chrf_first_line",
+    "chrf",
+    "bleu_first_line",
+    "stop_rate",
+    "in_language",
+    "characters",
+    "touched",
+    "other_loss",
+    "other_same",
+)
 _CLOUD = "#888888"  # the points that are a picture inside the picture: seen on light and dark
 _STYLE = {
     "svg.fonttype": "none",

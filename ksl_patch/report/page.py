@@ -23,6 +23,7 @@ from ksl_patch.patch.wording import (
     against,
     from_base,
     interval,
+    known_elsewhere,
     level_of,
     occurrence_table,
     of_seeds,
@@ -138,6 +139,7 @@ def _facts(patch: Patch) -> list[tuple[str, str]]:
         ("rows", f"{len(patch.token_ids)} of {base.vocab_size:,}, {base.hidden_size} values each"),
         ("size", f"{patch.rows.nbytes / 1024:,.0f} KiB of rows in {base.dtype}"),
         ("side, scope", f"{meta.side}, {meta.scope}"),
+        ("elsewhere", known_elsewhere(meta) or "not measured"),
         ("licence", meta.licence or "not said"),
     ]
 

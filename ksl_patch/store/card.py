@@ -11,7 +11,7 @@ from ksl_patch.errors import HubError, PatchError
 from ksl_patch.patch import Patch
 from ksl_patch.patch.evaluation import Evaluation, Figure, read
 from ksl_patch.patch.file import SUFFIX
-from ksl_patch.patch.wording import against, level_of, of_seeds, where_from, with_interval
+from ksl_patch.patch.wording import against, known_elsewhere, level_of, of_seeds, where_from, with_interval
 
 CARD = "README.md"
 _TAGS = ("embedding-patch", "ks-lottery")
@@ -96,6 +96,7 @@ def _section(patch: Patch, repo: str, file: str, base: str) -> str:
         "rows": f"{len(patch.token_ids)} of {meta.base.vocab_size:,}, {meta.base.hidden_size} values each",
         "side, scope": f"{meta.side}, {meta.scope}",
         "rows chosen by": meta.ticket and meta.ticket.rule,
+        "elsewhere": known_elsewhere(meta),
         "training read": meta.training and meta.training.read,
         "licence": meta.licence,
         "digest": f"`{patch.digest}`",

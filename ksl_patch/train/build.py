@@ -34,7 +34,8 @@ from ksl_patch.train.material import Material
 from ksl_patch.train.progress import Reporter, SilentReporter, noting_warnings
 from ksl_patch.train.record import Record, keep, note_use, read_tests, write_record
 from ksl_patch.train.reserved import start_ids, start_rows, unreserved
-from ksl_patch.train.ticket_checks import given, report_weak_rows, template_tokens
+from ksl_patch.train.single import single
+from ksl_patch.train.ticket_checks import given, report_weak_rows
 from ksl_patch.train.tune import TuneSettings, tune_rows
 
 
@@ -66,6 +67,17 @@ class Build(Material):
     def seeded(self, seed: int) -> Build:
         """The same build of the same pairs and held-out pairs, trained with another seed."""
         config, template = replace(self.config, seed=seed), self.template
+        return Build(config, self.run, self.reporter, self.loaded, reopened=self.reopened, template=template)
+
+    def selecting(self, selection: Selection, k: int) -> Build:
+        """The same pairs with k rows by another selection, in its own prompt: with reserved tokens, or without any.
+
+        Raises RunError where the base has too few reserved tokens.
+        """
+        if (selection == "reserved") == bool(self.reserved_ids):
+            return self
+        config = replace(self.config, selection=selection, rows=(), top_k=k, beside=(), mode="partial", side="input")
+        template = unreserved(self) if self.reserved_ids else None
         return Build(config, self.run, self.reporter, self.loaded, reopened=self.reopened, template=template)
 
     def patch_of(self, ticket: Ticket) -> Patch:
@@ -127,7 +139,7 @@ class Build(Material):
         if selection == "given":
             return given(self)
         if selection == "single":
-            return self._single()
+            return single(self)
         if selection == "reserved":
             return Ticket(np.array(self.reserved_ids), "reserved", top_k=k)
         if selection == "ks":
@@ -142,26 +154,6 @@ class Build(Material):
         token_ids, rows = self.embedding()
         distance = torch.linalg.vector_norm(rows - self.base_rows(token_ids), dim=1)
         return l2_ticket(token_ids.numpy(), distance.numpy(), k)
-
-    def _single(self) -> Ticket:
-        """The row of the template whose patch has the lowest loss on the dev pairs; of equal ones the smallest id.
-
-        A patch of each is trained as any other is, and kept. Raises RunError without dev pairs.
-        """
-        if not len(self.dev):
-            raise RunError("the selection 'single' compares rows on the dev pairs, and there are none: give --dev.")
-        candidates, losses = template_tokens(self), []
-        for place, i in enumerate(candidates, start=1):
-            loss = self.patched_loss(self.patch_of(Ticket(np.array([i]), "single")))
-            losses.append(loss)
-            self.reporter.note(
-                "candidate",
-                f"row {place} of {len(candidates)}, {self.tokenizer.decode([i])!r} ({i}), alone: loss {loss:.3f} on "
-                f"{len(self.dev)} dev pairs",
-                token_id=i,
-                loss=loss,
-            )
-        return Ticket(np.array([candidates[int(np.argmin(losses))]]), "single")
 
     def rows(self, ticket: Ticket) -> torch.Tensor:
         """Stage 3. The ticket's rows, float32 [k, d]: tuned alone from the base, or taken from the tuned table."""
