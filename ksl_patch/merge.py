@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -133,6 +135,11 @@ def merge(a: Patch, b: Patch, *, name: str, policy: Policy | None = None) -> Pat
             origin=_origin(a, kept) + _origin(b, taken),
         ),
     )
+
+
+def merge_all(patches: Sequence[Patch], *, name: str, policy: Policy | None = None) -> Patch:
+    """One patch with the rows of all: `merge` of the first two, of that and the third, and so on."""
+    return reduce(lambda merged, patch: merge(merged, patch, name=name, policy=policy), patches)
 
 
 def _of_several(licence: str) -> str:

@@ -1,40 +1,61 @@
-"""`ksl-patch export`: a patch as a PEFT adapter."""
+"""`ksl-patch export`: a patch as a PEFT adapter, or patches in a model of their own."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ksl_patch.cli.options import REFERENCE, base_option, json_option, revision_option
 
+if TYPE_CHECKING:
+    from ksl_patch.patch import Patch
 
-@click.command()
-@click.argument("reference", metavar="P", type=REFERENCE)
+
+@click.command(context_settings={"show_default": True})
+@click.argument("references", metavar="P...", nargs=-1, required=True, type=REFERENCE)
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["trainable-tokens", "lora"]),
+    type=click.Choice(["trainable-tokens", "lora", "model"]),
     required=True,
-    help="PEFT's TrainableTokens, or a LoRA of the embedding, which vLLM serves without this package.",
+    help="PEFT's TrainableTokens; a LoRA of the embedding, which vLLM serves without this package; or the whole model "
+    "with the rows of one or several patches, which any engine serves.",
 )
-@base_option("The patch's base, for its modules' names.", required=True)
+@base_option("The patches' base.", required=True)
 @revision_option()
+@click.option("--shard", metavar="SIZE", default="5GB", help="Largest file of a model, such as 500MB.")
 @click.option(
     "-o", "--output", required=True, metavar="FOLDER", type=click.Path(path_type=Path), help="Folder to write."
 )
 @json_option()
-def export(reference: str, form: str, base: str, revision: str | None, output: Path, as_json: bool) -> None:
-    """Write the patch P, a file or a name or digest of the local store, as an adapter that PEFT loads."""
+def export(
+    references: tuple[str, ...], form: str, base: str, revision: str | None, shard: str, output: Path, as_json: bool
+) -> None:
+    """Write the patch P, a file or a name or digest of the local store, in a form that others load.
+
+    As a model, several patches that do not change the same tokens go into one: build them with --selection reserved and
+    --beside, and each speaks its language by its own prompt.
+    """
     from ksl_patch.errors import PatchError
     from ksl_patch.hf import load_base
-    from ksl_patch.interop import peft
     from ksl_patch.store.references import load
 
-    patch = load(reference)
+    if form != "model" and len(references) > 1:
+        raise click.UsageError("an adapter holds one patch: merge them first, or write --format model.")
+    if form == "model" and not _is_size(shard):
+        raise click.UsageError(f"--shard is a size such as 500MB or 5GB, not {shard!r}.")
+    patches = [load(reference) for reference in references]
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PatchError(f"{output} exists and is not an empty folder: give another.")
+    if form == "model":
+        _model(patches, base, revision, shard, output, as_json)
+        return
+    from ksl_patch.interop import peft
+
+    patch = patches[0]
     model, tokenizer = load_base(base, revision=revision, device="cpu")
     patch.check(model, tokenizer)
     if form == "lora" and not as_json:
@@ -54,3 +75,34 @@ def export(reference: str, form: str, base: str, revision: str | None, output: P
         click.echo(json.dumps({"path": str(output), "format": form, "bytes": nbytes}))
     else:
         click.echo(f"{output}: {form}, {nbytes:,} bytes")
+
+
+def _is_size(text: str) -> bool:
+    number, unit = text[:-2], text[-2:]
+    return number.isdigit() and int(number) > 0 and unit.upper() in ("KB", "MB", "GB")
+
+
+def _model(patches: list[Patch], base: str, revision: str | None, shard: str, output: Path, as_json: bool) -> None:
+    from ksl_patch.hf import load_base
+    from ksl_patch.interop.checkpoint import write_checkpoint
+    from ksl_patch.merge import merge_all
+
+    merged = merge_all(patches, name="merged")
+    if not as_json:
+        click.echo(f"Loading {base} ...", err=True)
+    model, tokenizer = load_base(base, revision=revision, device="cpu")
+    for patch in patches:
+        patch.check(model, tokenizer)
+    untied = write_checkpoint(model, tokenizer, merged, patches, output, base=base, shard=shard)
+    nbytes = sum(file.stat().st_size for file in output.iterdir())
+    if as_json:
+        digests = [patch.digest for patch in patches]
+        print(json.dumps({
+            "path": str(output), "format": "model", "bytes": nbytes, "patches": digests, "untied": untied,
+        }))  # fmt: skip
+        return
+    head = "; its head, which was tied to the embedding, has a table of its own" if untied else ""
+    click.echo(
+        f"{output}: the base with {len(merged.token_ids)} rows of {len(patches)} "
+        f"{'patch' if len(patches) == 1 else 'patches'}, {nbytes:,} bytes{head}"
+    )

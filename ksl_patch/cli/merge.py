@@ -1,4 +1,4 @@
-"""`ksl-patch merge`: one patch with the rows of two."""
+"""`ksl-patch merge`: one patch with the rows of several."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ksl_patch.cli.options import REFERENCE, check_output, json_option, new_patc
 @click.command()
 @click.argument("first", metavar="A", type=REFERENCE)
 @click.argument("second", metavar="B", type=REFERENCE)
+@click.argument("others", metavar="[MORE]...", nargs=-1, type=REFERENCE)
 @new_patch_options("C")
 @click.option(
     "--on-conflict",
@@ -22,23 +23,23 @@ from ksl_patch.cli.options import REFERENCE, check_output, json_option, new_patc
 )
 @json_option()
 def merge(
-    first: str, second: str, output: Path, force: bool, name: str | None,
+    first: str, second: str, others: tuple[str, ...], output: Path, force: bool, name: str | None,
     on_conflict: Literal["first", "second"] | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Make one patch of two for the same base. It says of every row which patch it came from.
+    """Make one patch of two or more for the same base. It says of every row which patch it came from.
 
     What was measured of A and B does not hold for C: evaluations and certificates are left out. A prompt template is
-    kept where both have the same.
+    kept where all have the same. Of more than two, the first is merged with the second, that with the third, and so on.
     """
-    from ksl_patch.merge import merge as join
+    from ksl_patch.merge import merge_all
     from ksl_patch.store.references import load
 
     check_output(output, force)
-    a, b = load(first), load(second)
-    patch = join(a, b, name=name or output.stem, policy=on_conflict)
+    patches = [load(reference) for reference in (first, second, *others)]
+    patch = merge_all(patches, name=name or output.stem, policy=on_conflict)
     patch.save(output)
     origin = [(each.name, each.digest, len(each.token_ids)) for each in patch.meta.origin or ()]
-    dropped = patch.meta.template is None and (a.meta.template, b.meta.template) != (None, None)
+    dropped = patch.meta.template is None and any(each.meta.template for each in patches)
     if as_json:
         print(json.dumps({
             "path": str(output), "digest": patch.digest, "rows": len(patch.token_ids),
@@ -51,4 +52,4 @@ def merge(
         f"{patch.digest[:12]}"
     )
     if dropped:
-        click.echo("The two have different prompt templates, so it names none; each row acts in every prompt.")
+        click.echo("They have different prompt templates, so it names none; each row acts in every prompt.")
