@@ -277,7 +277,9 @@ def test_nohup_is_respected(home, base_folder, pairs_file):
 
 def test_mistyped_words_are_answered_with_the_right_one(base_folder):
     given = ["build", "--base", base_folder, "--language", "Korean", "-o", "x.safetensors", "--pairs", "a", "b"]
-    assert "there is no option before 'b': write --pairs before each of several files." in run_cli(*given)[2]
+    assert (
+        "there is no option before 'b': write --pairs, or --beside, before each of several files." in run_cli(*given)[2]
+    )
     assert "'Korean' is not a known language's tag; 'Korean' is 'ko'." in run_cli(*given[:-1])[2]
     code, _, err = run_cli("bulid")
     assert code == 2

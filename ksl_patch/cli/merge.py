@@ -14,7 +14,7 @@ from ksl_patch.cli.options import REFERENCE, check_output, json_option, new_patc
 @click.command()
 @click.argument("first", metavar="A", type=REFERENCE)
 @click.argument("second", metavar="B", type=REFERENCE)
-@click.argument("others", metavar="[MORE]...", nargs=-1, type=REFERENCE)
+@click.argument("others", metavar="[MORE...]", nargs=-1, type=REFERENCE)
 @new_patch_options("C")
 @click.option(
     "--on-conflict",

@@ -1,0 +1,528 @@
+"""Reserved rows: which tokens they are, where they stand, that they change nothing else, and who takes which."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import PAIRS, run_cli, tiny_llama
+from tokenizers import AddedToken
+
+from ksl_patch.base import find_embedding
+from ksl_patch.base.reserved import ReservedTokens, names_in
+from ksl_patch.data.templates import make_template, without
+from ksl_patch.errors import BaseMismatchError, RunError
+from ksl_patch.evidence.elsewhere import sample
+from ksl_patch.hf import attach, load_base, prompt_ids
+from ksl_patch.overlay import slot_rows
+from ksl_patch.patch import Patch
+from ksl_patch.patch.evaluation import Certificate, Evaluation, read
+from ksl_patch.train.build import Build
+from ksl_patch.train.config import BuildConfig
+from ksl_patch.train.progress import SilentReporter
+
+NAME = "<|reserved_special_token_{}|>"
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}{# <|reserved_special_token_3|> #}"
+)
+PLAIN = "Translate this sentence from English to Spanish.\nEnglish: {source}\nSpanish:"
+
+
+@pytest.fixture(scope="module")
+def reserved_tokenizer(tokenizer):
+    """The tiny tokenizer with 12 reserved tokens (400 to 411): 1 pads, 3 is in the chat template."""
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()),
+        bos_token="<s>", eos_token="</s>",
+    )  # fmt: skip
+    made.add_tokens([f"fill{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(400 - len(made))])
+    made.add_tokens([AddedToken(NAME.format(i), special=True, normalized=False) for i in range(12)])
+    made.pad_token = NAME.format(1)
+    made.chat_template = CHAT
+    return made
+
+
+FREE = [400, 402, *range(404, 412)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, reserved_tokenizer):
+    path = tmp_path_factory.mktemp("reserved") / "base"
+    tiny_llama(vocab_size=416).save_pretrained(path)  # four rows that have no text
+    reserved_tokenizer.save_pretrained(path)
+    return path
+
+
+def config(folder, pairs_file, **changes):
+    settings = {
+        "base": str(folder), "pairs": str(pairs_file), "language": "es", "name": "es", "alpha": None, "top_k": 4,
+        "selection": "reserved", "steps": 3, "embed_steps": 2, "batch_size": 2, "dev": 2, "held_out": 4,
+    }  # fmt: skip
+    return BuildConfig(**settings | changes)
+
+
+def built(tmp_path, folder, pairs_file, **changes):
+    return Build(config(folder, pairs_file, **changes), tmp_path / "run", SilentReporter())
+
+
+def names(*ids):
+    return "".join(NAME.format(i - 400) for i in ids)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["<unused5>", "[unused5]", "<|reserved_special_token_7|>", "<reserved_106>", "<|extra_3|>", "<|EXTRA_3_TOKEN|>",
+     "<SPECIAL_12>", "<|dummy_7|>", "<|placeholder1|>", "[UNUSED_TOKEN_146]", ">>UNUSED_119<<", "<|reserved003|>",
+     "<｜place▁holder▁no▁799｜>", "<extra_id_3>", "<unused_1>"],
+)  # fmt: skip
+def test_names_of_reserved_tokens_as_tokenizers_write_them(name):
+    assert names_in([f"x{name}y{name}"]) == {name.lower()}
+
+
+@pytest.mark.parametrize(
+    "text", ["<unk>", "<|im_start|>", "unused5", "a < unused 5 >", "<unused>", "[control_8]", "<b1>"]
+)
+def test_what_is_no_such_name(text):
+    assert not names_in([text])
+
+
+def test_the_free_ones_have_no_role_and_no_place_in_the_chat_template(reserved_tokenizer):
+    reserved = ReservedTokens(reserved_tokenizer)
+    assert list(reserved) == FREE
+    assert "role" in reserved.why_not(401)
+    assert "chat template" in reserved.why_not(403)
+    assert "name" in reserved.why_not(ord("a") % 256)
+    assert reserved.in_text(f"a {names(405, 401, 404)} b {names(405)}") == [404, 405]
+
+
+def test_a_model_s_configuration_gives_roles(reserved_tokenizer):
+    model = tiny_llama(vocab_size=416)
+    model.config.image_token_id = 400
+    model.generation_config.eos_token_id = [1, 402]
+    assert list(ReservedTokens(reserved_tokenizer, model)) == FREE[2:]
+
+
+def test_a_tokenizer_that_reads_names_as_text_has_none(reserved_tokenizer):
+    reserved_tokenizer.split_special_tokens = True
+    try:
+        reserved = ReservedTokens(reserved_tokenizer)
+        assert list(reserved) == []
+        assert "one token" in reserved.why_not(400)
+    finally:
+        reserved_tokenizer.split_special_tokens = False
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [("plain", names(400, 402, 404) + PLAIN), ("soft", names(400, 402) + "{source}" + names(404)),
+     ("Say it: {source}", names(400, 402, 404) + "Say it: {source}"),
+     ("a{reserved:1}b{source}c{reserved}", "a" + names(404) + "b{source}c" + names(400, 402)),
+     ("{reserved}a{source}{reserved}", names(400, 402, 404) + "a{source}" + names(400, 402, 404)),
+     ("{reserved:2}{source}{reserved:1}", names(400, 402) + "{source}" + names(404))],
+)  # fmt: skip
+def test_where_they_stand(tokenizer, kind, text):
+    made = make_template(
+        kind, source_language="en", language="es", tokenizer=tokenizer,
+        reserved=[NAME.format(i) for i in (0, 2, 4)],
+    )  # fmt: skip
+    assert made.text == text
+    assert made.fields is None
+    stripped = without(made, [NAME.format(i) for i in (0, 2, 4)]).text
+    assert "reserved" not in stripped
+    assert stripped.count("{source}") == 1
+
+
+def test_in_a_chat_they_are_in_the_user_s_turn(reserved_tokenizer):
+    made = make_template(
+        "chat", source_language="en", language="es", tokenizer=reserved_tokenizer, reserved=[NAME.format(0)]
+    )
+    assert made.text.startswith(f"<|user|>\n{names(400)}Translate this sentence")
+    with_system = make_template(
+        "chat", source_language="en", language="es", tokenizer=reserved_tokenizer, reserved=[NAME.format(0)],
+        system="{reserved}Be brief.",
+    )  # fmt: skip
+    assert with_system.text.startswith(f"<|system|>\n{names(400)}Be brief.")
+    assert with_system.text.count("reserved") == 1
+
+
+@pytest.mark.parametrize(
+    "kind", ["{reserved:5}{source}", "{reserved:3}{source}{reserved}", "{reserved:2}{source}", "{reserved:0}{source}"]
+)
+def test_places_that_do_not_fit_are_refused(tokenizer, kind):
+    with pytest.raises(RunError, match="of the 3 reserved rows"):
+        make_template(kind, source_language="en", language="es", tokenizer=tokenizer, reserved=["<a>", "<b>", "<c>"])
+
+
+@pytest.mark.parametrize("kind", ["soft", "{reserved}{source}"])
+def test_places_without_reserved_rows_are_refused(tokenizer, kind):
+    with pytest.raises(RunError, match="--selection reserved"):
+        make_template(kind, source_language="en", language="es", tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def patch(tmp_path_factory, folder, pairs_file):
+    return built(tmp_path_factory.mktemp("run"), folder, pairs_file).patch()
+
+
+def test_a_build_takes_the_first_free_ones_and_trains_them(patch, folder):
+    assert patch.token_ids.tolist() == FREE[:4]
+    assert patch.meta.template.text == names(*FREE[:4]) + PLAIN
+    assert (patch.meta.ticket.selection, patch.meta.ticket.top_k) == ("reserved", 4)
+    assert not torch.equal(patch.rows, patch.base_rows)
+    assert patch.meta.training.embed_steps == 0
+
+
+def test_text_of_twenty_languages_gets_the_base_s_bits(patch, folder):
+    model, tokenizer = load_base(str(folder), device="cpu")
+    assert len(sample()) == 20
+    with torch.no_grad():
+        inputs = [torch.tensor([tokenizer(text).input_ids[:200]]) for text in sample().values()]
+        before = [model(ids).logits for ids in inputs]
+        own = torch.tensor([prompt_ids(tokenizer, [patch.meta.template.render("One.")])[0]])
+        asked = model(own).logits
+        with attach(model) as handle, handle.serving(handle.bank.add(slot_rows(patch))):
+            assert all(torch.equal(model(ids).logits, logits) for ids, logits in zip(inputs, before, strict=True))
+            assert not torch.equal(model(own).logits, asked)
+
+
+def test_training_starts_from_the_instruction_or_from_the_rows_themselves(tmp_path, folder, pairs_file):
+    from ksl_patch.train.reserved import start_ids, start_rows
+
+    build = built(tmp_path, folder, pairs_file, top_k=8)
+    ids = torch.tensor(build.reserved_ids)
+    words = start_ids(build, 40)
+    spoken = [
+        i for text in (PLAIN.split("{source}")) for i in build.tokenizer(text, add_special_tokens=False).input_ids
+    ]
+    assert words == [spoken[i % len(spoken)] for i in range(40)]
+    table = find_embedding(build.model).weight.detach()
+    assert torch.equal(start_rows(build, ids), table[spoken[:8]])
+    assert start_rows(built(tmp_path, folder, pairs_file, top_k=8, start="base"), ids) is None
+    # Without words of its own, those of the plain instruction.
+    assert start_ids(built(tmp_path, folder, pairs_file, template="soft"), 40) == words
+    keys = [
+        built(tmp_path, folder, pairs_file, start=start)._tune_key(3, 0.1, build.ticket()) for start in ("text", "base")
+    ]
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize("start", ["text", "base"])
+def test_a_build_that_is_run_again_gives_the_same_patch(tmp_path, folder, pairs_file, start):
+    first = built(tmp_path / "a", folder, pairs_file, start=start).patch()
+    assert built(tmp_path / "b", folder, pairs_file, start=start).patch().digest == first.digest
+
+
+def test_the_same_pairs_are_kept_as_without_reserved_rows(tmp_path, folder):
+    file = tmp_path / "pairs.jsonl"
+    texts = [(f"{s} {s}" if i % 3 else s, t) for i, (s, t) in enumerate(PAIRS)]
+    file.write_text("".join(json.dumps({"source": s, "target": t}) + "\n" for s, t in texts))
+    lengths = {
+        len(example.prompt) + len(example.answer)
+        for example in built(tmp_path, folder, file, selection="ks").train.examples
+    }
+    kept = [
+        built(tmp_path, folder, file, selection=selection, max_length=max(lengths) - 1).train.pairs
+        for selection in ("ks", "reserved")
+    ]
+    assert kept[0] == kept[1]
+    assert 0 < len(kept[0]) < len(built(tmp_path, folder, file).train)
+
+
+def test_tokens_that_the_pairs_have_are_left_alone(tmp_path, folder):
+    file = tmp_path / "pairs.jsonl"
+    texts = [
+        (f"{s} {names(400).upper() if i == 3 else ''}", f"{t}{names(404) if i == 5 else ''}")
+        for i, (s, t) in enumerate(PAIRS)
+    ]
+    file.write_text("".join(json.dumps({"source": s, "target": t}) + "\n" for s, t in texts))
+    assert built(tmp_path, folder, file).reserved_ids == [402, 405, 406, 407]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [({"top_k": 11}, "11 rows asked for, and this base has 10 reserved tokens"),
+     ({"template": f"{NAME.format(5)} {{source}}"}, "names <|reserved_special_token_5|> itself"),
+     ({"template": "{reserved:9}{source}"}, "places 9 of the 4 reserved rows"),
+     ({"side": "input+output"}, "has side 'input'"), ({"mode": "transfer"}, "has mode 'partial'"),
+     ({"top_k": None}, "needs top_k"),
+     ({"selection": "frequency", "beside": ("x",)}, "by the selection 'reserved' only"),
+     ({"selection": "frequency", "template": "soft"}, "add --selection reserved")],
+)  # fmt: skip
+def test_what_cannot_be_is_said(tmp_path, folder, pairs_file, changes, sentence):
+    with pytest.raises(RunError) as said:
+        built(tmp_path, folder, pairs_file, **changes)
+    assert sentence in str(said.value)
+
+
+def test_a_base_without_any_says_so(tmp_path, base_folder, pairs_file):
+    with pytest.raises(RunError, match="this base has no reserved token: no name in its vocabulary says so"):
+        built(tmp_path, base_folder, pairs_file)
+
+
+def test_languages_beside_each_other_take_other_tokens_and_merge(tmp_path, folder, pairs_file, patch):
+    patch.save(tmp_path / "es.safetensors")
+    build = built(tmp_path, folder, pairs_file, beside=(str(tmp_path / "es.safetensors"),), name="fr", template="soft")
+    assert build.reserved_ids == FREE[4:8]
+    other = build.patch()
+    other.save(tmp_path / "fr.safetensors")
+    third = built(
+        tmp_path, folder, pairs_file, name="ca", top_k=2,
+        beside=(str(tmp_path / "es.safetensors"), str(tmp_path / "fr.safetensors")),
+    ).patch()  # fmt: skip
+    assert third.token_ids.tolist() == FREE[8:]
+    third.save(tmp_path / "ca.safetensors")
+    code, out, _ = run_cli(
+        "merge", *(tmp_path / f"{name}.safetensors" for name in ("es", "fr", "ca")), "-o", tmp_path / "all.safetensors"
+    )
+    merged = Patch.load(tmp_path / "all.safetensors")
+    assert (code, merged.token_ids.tolist()) == (0, FREE)
+    assert [origin.name for origin in merged.meta.origin] == ["es", "fr", "ca"]
+    assert "different prompt templates" in out
+    with pytest.raises(
+        RunError, match="4 rows asked for, and this base has 10 reserved tokens, 2 of which nothing else"
+    ):
+        built(
+            tmp_path, folder, pairs_file,
+            beside=(str(tmp_path / "es.safetensors"), str(tmp_path / "fr.safetensors")),
+        )  # fmt: skip
+
+
+def test_a_patch_of_another_base_is_no_neighbour(tmp_path, folder, pairs_file, patch):
+    patch.save(tmp_path / "es.safetensors")
+    other = tmp_path / "other"
+    tiny_llama(vocab_size=416, seed=5).save_pretrained(other)
+    load_base(str(folder), device="cpu")[1].save_pretrained(other)
+    with pytest.raises(BaseMismatchError):
+        built(tmp_path, other, pairs_file, beside=(str(tmp_path / "es.safetensors"),))
+
+
+def test_a_tokenizer_that_would_not_reach_the_rows_is_refused(patch, folder):
+    model, tokenizer = load_base(str(folder), device="cpu")
+    patch.check(model, tokenizer)
+    tokenizer.split_special_tokens = True
+    with pytest.raises(BaseMismatchError, match="would never be reached"):
+        patch.check(model, tokenizer)
+
+
+@pytest.mark.parametrize("extra", [("--start", "base"), ("--beside", "x.safetensors")])
+def test_their_options_are_theirs(tmp_path, folder, pairs_file, extra):
+    code, _, err = run_cli(
+        "build", "--base", folder, "--pairs", pairs_file, "--language", "es", "-o", tmp_path / "x.safetensors", *extra
+    )
+    assert (code, "are for reserved rows" in err) == (2, True)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory, folder, pairs_file):
+    """A patch of reserved rows and its evaluation, certificate and report, by the command line."""
+    work = tmp_path_factory.mktemp("judged")
+    file = work / "es.safetensors"
+    common = ("--base", folder, "--pairs", pairs_file, "--language", "es", "--dev", 2, "--held-out", 4, "--steps", 3,
+              "--embed-steps", 2, "--batch-size", 2, "--top-k", 4, "-y")  # fmt: skip
+    assert run_cli("build", *common, "-o", work / "ks.safetensors", "--resume", work / "run")[0] == 0
+    assert run_cli("build", *common, "--selection", "reserved", "-o", file, "--resume", work / "run")[0] == 0
+    out = {}
+    for command in ("eval", "certify"):
+        code, out[command], err = run_cli(command, file, "--run", work / "run", "--max-new-tokens", 8)
+        assert code == 0, err
+    assert run_cli("report", file, "--run", work / "run", "-o", work / "report.html")[0] == 0
+    return file, out, (work / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_eval_has_every_control_in_its_own_prompt(judged, folder):
+    file, out, _ = judged
+    evaluation = read(Evaluation, Patch.load(file).meta.evaluation)
+    systems = {system.name: system for system in evaluation.systems}
+    assert systems.keys() == {"base", "patch", "embedding", "ks", "frequency", "l2", "random", "noise"}
+    note = next(note for note in evaluation.notes if note.startswith("Another prompt"))
+    assert repr(PLAIN) in note
+    assert all(label in note for label in ("base", "most frequent rows", "largest KS distance", "embedding tuned"))
+    assert "random change" not in note
+    found = evaluation.elsewhere
+    assert (found.reserved, found.touched, found.equal, found.same) == (True, 0, 20, 8)
+    assert systems["patch"].figures["other_loss"].difference == 0
+    assert systems["patch"].figures["touched"].value == 0
+    assert systems["frequency"].figures["touched"].value > 0
+    assert systems["frequency"].figures["other_loss"].difference != 0
+    assert "Harmless outside its template" in out["eval"]
+    # The base's loss is that of the prompt without reserved tokens.
+    build = Build(replace(_config(file), selection="frequency"), file.parent / "run", SilentReporter())
+    from ksl_patch.train.loss import token_loss
+
+    assert systems["base"].figures["loss"].value == pytest.approx(token_loss(build.model, build.held_out.examples))
+
+
+def _config(file):
+    from ksl_patch.train.record import read_record
+
+    return BuildConfig(**read_record(file.parent / "run", Patch.load(file).digest).config)
+
+
+@pytest.mark.slow
+def test_certify_says_what_holds_and_no_more(judged):
+    file, out, report = judged
+    certificate = read(Certificate, Patch.load(file).meta.certificate)
+    assert certificate.next_token is certificate.exact is certificate.margin is None
+    assert certificate.elsewhere.reserved
+    assert certificate.elsewhere.equal == 20
+    assert "Agreement with the tuned" not in out["certify"]
+    assert "bit for bit" in " ".join(out["certify"].split()).replace("│ │", "")
+    assert report.count("Harmless outside its template") >= 2
+
+
+@pytest.mark.slow
+def test_reserved_rows_are_a_control_of_other_patches(judged, folder):
+    file = judged[0].with_name("ks.safetensors")
+    code, out, err = run_cli(
+        "eval", file, "--run", file.parent / "run", "--max-new-tokens", 8, "--controls", "reserved,frequency", "--json"
+    )
+    assert code == 0, err
+    result = json.loads(out)
+    systems = {system["name"]: system for system in result["systems"]}
+    assert systems["reserved"]["rows"] == [4]
+    assert systems["reserved"]["figures"]["other_loss"]["difference"] == 0
+    assert result["elsewhere"]["reserved"] is False
+    assert result["elsewhere"]["touched"] > 0
+    assert any(names(*FREE[:4]) in note for note in result["notes"] if note.startswith("Another prompt"))
+
+
+def test_verify_and_inspect_check_it_with_the_base(tmp_path, folder, patch):
+    file = tmp_path / "es.safetensors"
+    patch.save(file)
+    code, out, _ = run_cli("verify", file, "--base", folder)
+    assert code == 0
+    assert "Harmless outside its template" in out
+    assert json.loads(run_cli("verify", file, "--base", folder, "--json")[1])["harmless"] is True
+    assert "Harmless outside its template" in " ".join(run_cli("inspect", file)[1].split())
+    # A patch that calls other tokens reserved.
+    model, tokenizer = load_base(str(folder), device="cpu")
+    rows = find_embedding(model).weight.detach()[[10, 400]] + 1
+    false = Patch.from_model(model, [10, 400], rows, name="false", tokenizer=tokenizer)
+    false = false.with_meta(ticket=patch.meta.ticket)
+    false.save(file)
+    code, _, err = run_cli("verify", file, "--base", folder)
+    assert code == 1
+    assert "calls its tokens reserved, and 1 of them are not" in err
+    false.with_meta(ticket=None).save(file)
+    code, out, _ = run_cli("verify", file, "--base", folder)
+    assert code == 0
+    assert "Outside its template it changes" in out
+
+
+def test_a_patch_of_the_head_is_never_harmless(folder):
+    from ksl_patch.evidence.elsewhere import touched
+
+    model, tokenizer = load_base(str(folder), device="cpu")
+    rows = find_embedding(model).weight.detach()[[400]] + 1
+    whole = Patch.from_model(model, [400], rows, name="whole", tokenizer=tokenizer, side="input+output")
+    assert touched(whole, tokenizer, model).reserved is False
+    assert touched(replace(whole, meta=replace(whole.meta, side="input")), tokenizer, model).reserved is True
+
+
+def exported(tmp_path, folder, *patches, **options):
+    files = []
+    for patch in patches:
+        patch.save(tmp_path / f"{patch.meta.name}.safetensors")
+        files.append(tmp_path / f"{patch.meta.name}.safetensors")
+    more = [text for key, value in options.items() for text in (f"--{key}", value)]
+    return run_cli("export", *files, "--format", "model", "--base", folder, "-o", tmp_path / "model", *more)
+
+
+def some(folder, name, ids, **changes):
+    model, tokenizer = load_base(str(folder), device="cpu")
+    rows = find_embedding(model).weight.detach()[ids]
+    noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(len(name)))
+    return Patch.from_model(model, ids, rows + noise, name=name, tokenizer=tokenizer, **changes)
+
+
+@pytest.mark.parametrize("side", ["input", "input+output"])
+def test_a_model_with_patches_in_it_gives_their_bits_and_the_base_s(tmp_path, folder, side):
+    a, b = some(folder, "es", [400, 402, 30], side=side, language="es"), some(folder, "fra", [404, 31], side=side)
+    code, out, err = exported(tmp_path, folder, a, b, shard="20KB")
+    assert code == 0, err
+    plain, _ = load_base(str(tmp_path / "model"), device="cpu")
+    base, _ = load_base(str(folder), device="cpu")
+    assert plain.config.tie_word_embeddings is (side == "input+output")
+    assert ("has a table of its own" in out) == (side == "input")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    both = torch.tensor([[0, 30, 31, 400, 404, 402, 7, 415]])
+    with torch.no_grad(), attach(base) as handle:
+        from ksl_patch.merge import merge
+
+        with handle.serving(handle.bank.add(slot_rows(merge(a, b, name="both")))):
+            wanted = base(both).logits
+        if side == "input":
+            assert torch.equal(plain(both).logits, wanted)
+        else:  # one product over all rows of the head, and one over the patch's: they round otherwise
+            torch.testing.assert_close(plain(both).logits, wanted)
+        for patch, ids in ((a, [0, 30, 400, 402, 9, 12]), (b, [0, 31, 404, 9])):
+            with handle.serving(handle.bank.add(slot_rows(patch))):
+                same = torch.allclose(plain(torch.tensor([ids])).logits, base(torch.tensor([ids])).logits)
+            assert same == (side == "input")  # rows of the head are everybody's
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert a.digest in card
+    assert b.digest in card
+    listed = json.loads((tmp_path / "model" / "ksl_patch.json").read_text())["patches"]
+    assert [each["digest"] for each in listed] == [a.digest, b.digest]
+
+
+def test_a_model_of_an_untied_base_and_rows_of_a_head_apart(tmp_path, folder):
+    untied = tmp_path / "untied"
+    tiny_llama(tied=False, vocab_size=416).save_pretrained(untied)
+    load_base(str(folder), device="cpu")[1].save_pretrained(untied)
+    code, out, err = exported(tmp_path, untied, some(untied, "es", [400]))
+    assert (code, "table of its own" in out) == (0, False), err
+    plain, base = (load_base(str(each), device="cpu")[0] for each in (tmp_path / "model", untied))
+    assert torch.equal(plain.lm_head.weight, base.lm_head.weight)
+    (tmp_path / "apart").mkdir()
+    head = torch.randn(1, 32)
+    apart = some(folder, "es", [400], side="input+output", output_rows=head)
+    code, _, err = exported(tmp_path / "apart", folder, apart)
+    plain = load_base(str(tmp_path / "apart" / "model"), device="cpu")[0]
+    assert (code, plain.config.tie_word_embeddings) == (0, False), err
+    assert torch.equal(plain.lm_head.weight[400], head[0])
+    assert torch.equal(plain.get_input_embeddings().weight[400], apart.rows[0])
+
+
+@pytest.mark.parametrize(
+    ("patches", "sentence"),
+    [([{"name": "a", "ids": [400]}, {"name": "bb", "ids": [400]}], "change 1 of the same tokens"),
+     ([{"name": "a", "ids": [400], "scope": "prompt"}], "a plain model has its rows in answers too")],
+)  # fmt: skip
+def test_what_no_model_can_hold_leaves_no_folder(tmp_path, folder, patches, sentence):
+    code, _, err = exported(tmp_path, folder, *(some(folder, **each) for each in patches))
+    assert (code, sentence in err) == (1, True)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_a_disk_that_is_full_leaves_no_folder(tmp_path, folder, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    code, _, err = exported(tmp_path, folder, some(folder, "a", [400]))
+    assert (code, "No space left" in err) == (1, True)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [(("--shard", "much"), "--shard is a size"), (("--shard", "0MB"), "--shard is a size")],
+)
+def test_a_shard_is_a_size(tmp_path, folder, arguments, sentence):
+    some(folder, "a", [400]).save(tmp_path / "a.safetensors")
+    code, _, err = run_cli(
+        "export", tmp_path / "a.safetensors", "--format", "model", "--base", folder, "-o", tmp_path / "m", *arguments
+    )
+    assert (code, sentence in err) == (2, True)
+
+
+def test_an_adapter_holds_one_patch(tmp_path, folder):
+    some(folder, "a", [400]).save(tmp_path / "a.safetensors")
+    file = tmp_path / "a.safetensors"
+    code, _, err = run_cli("export", file, file, "--format", "lora", "--base", folder, "-o", tmp_path / "m")
+    assert (code, "an adapter holds one patch" in err) == (2, True)
