@@ -66,6 +66,7 @@ CONSTANTS = {
     "rows": ROWS, "sizes": SIZES, "seeds": SEEDS, "pairs": PAIRS, "new_tokens": NEW_TOKENS, "one_row": ONE_ROW,
     "other_rate": OTHER_RATE, "alphas": ALPHAS, "places": PLACES,
 }  # fmt: skip
+CONTROLS = ("frequency", "l2", "random", "noise")  # reserved rows have a study of their own: reserved.py
 COLUMNS = ("loss", "chrf", "chrf_first_line", "bleu_first_line", "in_language", "stop_rate", "characters")
 
 
@@ -110,7 +111,7 @@ class Study:
         of = {
             "config": config,
             "base": build.loaded.digest,
-            "examples": build._examples_digest,
+            "examples": build.examples_digest,
             "held_out": build.held_out.digest,
             "texts": self.texts,
             "constants": CONSTANTS,
@@ -144,7 +145,7 @@ class Study:
     def main(self, build, patch):
         """The patch, the tuned embedding, the controls, and rows alone."""
         alone = {row_name(token): {0: self.by_hand(build, token)} for token in ONE_ROW}
-        return self.score(build, make_systems(patch, build) | alone)
+        return self.score(build, make_systems(patch, build, CONTROLS) | alone)
 
     def verses(self, build, patch):
         """The same on the harder domain, with fewer controls."""

@@ -1,0 +1,336 @@
+"""Reserved rows beside the test's, the most frequent and one row: the study of docs/reserved.md, on Gemma 3 270M.
+
+    make reserved        or: python benchmarks/reserved.py .demo
+
+One command, which continues after a kill. What is trained and generated stays in FOLDER/study, beside that of study.py;
+each part's figures go to benchmarks/results/reserved/, and from there into the tables of docs/reserved.md (`--tables`
+writes these alone). A part is made again where its settings changed, or its file is deleted.
+"""
+
+import dataclasses
+import inspect
+import json
+from pathlib import Path
+
+import click
+from machine import console, machine
+from study import DOMAINS, NEW_TOKENS, PAIRS, ROOT, ROWS, figures_table, fill, named, row_name, settings
+
+from ksl_patch.atomic import write_atomically
+from ksl_patch.evidence.evaluate import evaluate
+from ksl_patch.evidence.outputs import Cache, Outputs
+from ksl_patch.evidence.scorer import Scorer
+from ksl_patch.evidence.systems import prompts_of
+from ksl_patch.hf import attach
+from ksl_patch.overlay import slot_rows
+from ksl_patch.patch.evaluation import Evaluation, read, write
+from ksl_patch.patch.wording import against, from_base, show
+from ksl_patch.store.card import markdown_table
+from ksl_patch.ticket import given_ticket
+from ksl_patch.train.build import Build
+from ksl_patch.train.loss import answer_losses
+from ksl_patch.train.progress import RichReporter
+
+RESULTS, DOCUMENT = ROOT / "benchmarks/results/reserved", ROOT / "docs/reserved.md"
+BUILDS = [("gnome", "de"), ("gnome", "ru"), ("gnome", "id"), ("quran", "es"), ("quran", "ru"), ("quran", "id")]
+STARTS = [("gnome", "de"), ("gnome", "ko"), ("quran", "id")]
+FIRST = BUILDS[0]
+WANTED = {"start": STARTS, "main": BUILDS, "sizes": [FIRST], "others": [FIRST]}
+SIZES, SEEDS = (1, 4, ROWS, 64), (0, 1)
+SOFT = "reserved rows, no words"
+CONSTANTS = {"sizes": SIZES, "seeds": SEEDS, "rows": ROWS, "pairs": PAIRS, "new_tokens": NEW_TOKENS}
+
+
+class Study:
+    """Its parts are computed once and kept by name and by the settings of their build."""
+
+    def __init__(self, folder, reporter):
+        self.folder, self.reporter, self.loaded = folder, reporter, None
+        self.builds = {}
+
+    def build(self, which, selection="ks", k=ROWS, seed=0, **changes):
+        """A build of the study; those of one text share what they train."""
+        key = (*which, selection, k, seed, *sorted(changes.items()))
+        if key not in self.builds:
+            config = dataclasses.replace(
+                settings(self.folder, *which), selection=selection, top_k=k, seed=seed, **changes
+            )
+            made = Build(config, self.folder / "study" / which[0], self.reporter, self.loaded)
+            self.builds[key], self.loaded = made, made.loaded
+        return self.builds[key]
+
+    def patch(self, which, selection, k=ROWS, seed=0, **changes):
+        build = self.build(which, selection if selection in ("reserved", "ks") else "ks", k, seed, **changes)
+        if selection == "\n":
+            return build.patch_of(given_ticket(("\n",), build.tokenizer, build.base.vocab_size))
+        return build.patch_of(build.ticket(selection, k))
+
+    def seeds(self, which, selection, k=ROWS, **changes):
+        return {seed: self.patch(which, selection, k, seed, **changes) for seed in SEEDS}
+
+    def once(self, which, part):
+        build = self.build(which)
+        of = {
+            "config": dataclasses.asdict(build.config) | {"base": "gemma3", "pairs": "/".join(which)},
+            "base": build.loaded.digest,
+            "examples": build.examples_digest,
+            "held_out": build.held_out.digest,
+            "constants": CONSTANTS,
+        }
+        of = json.loads(json.dumps(of))
+        file = RESULTS / f"{part}-{'-'.join(which)}.json"
+        if file.is_file() and json.loads(file.read_bytes())["of"] == of:
+            return
+        kept = {"of": of, "machine": machine(), "value": getattr(self, part)(which)}
+        write_atomically(file, (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode())
+        self.reporter.note("part", f"{' '.join(which)}: {part} is done")
+
+    def score(self, which, systems):
+        """The evaluation of systems, the first of which is of reserved rows, each in its own prompt."""
+        own = self.build(which, "reserved", len(systems["patch"][0].token_ids))
+        held_out = own.held_out.first(PAIRS)
+        result = evaluate(
+            own.model, own.tokenizer, held_out, systems, self.reporter, max_new_tokens=NEW_TOKENS,
+            cache=Cache.of(own), part="held-out", source_language="en",
+            prompts=prompts_of(systems["patch"][0], own, systems, own.tokenizer),
+        )  # fmt: skip
+        return write(result)
+
+    def main(self, which):
+        """Reserved rows with the instruction and without, and what texts have in their place."""
+        return self.score(which, {
+            "patch": self.seeds(which, "reserved"),
+            SOFT: self.seeds(which, "reserved", template="soft"),
+            "ks": self.seeds(which, "ks"),
+            "frequency": self.seeds(which, "frequency"),
+            row_name("\n"): self.seeds(which, "\n"),
+        })  # fmt: skip
+
+    def sizes(self, which):
+        """The same at several sizes."""
+        return {
+            str(k): self.score(which, {
+                "patch": self.seeds(which, "reserved", k),
+                **({SOFT: self.seeds(which, "reserved", k, template="soft")} if k > 1 else {}),
+                "ks": self.seeds(which, "ks", k),
+                "frequency": self.seeds(which, "frequency", k),
+            })
+            for k in SIZES if k != ROWS
+        }  # fmt: skip
+
+    def losses(self, build, patch, held_out):
+        """As outputs, of which the losses alone are looked at."""
+        with attach(build.model) as handle, handle.serving(0 if patch is None else handle.bank.add(slot_rows(patch))):
+            losses, tokens = answer_losses(build.model, held_out.examples, handle=handle)
+        n = len(held_out)
+        return Outputs([""] * n, [True] * n, losses, tokens, [[]] * n)
+
+    def start(self, which):
+        """Where the training of reserved rows starts: held-out losses, and the interval of their difference."""
+        found = {}
+        for template in ("plain", "soft"):
+            for seed in SEEDS:
+                runs = {}
+                for start in ("text", "base"):
+                    build = self.build(which, "reserved", seed=seed, template=template, start=start)
+                    held_out = build.held_out.first(PAIRS)
+                    runs[start] = self.losses(build, build.patch_of(build.ticket()), held_out)
+                base = self.losses(build, None, build.unreserved(held_out))
+                scorer = Scorer(held_out.references, groups=held_out.groups)
+                figure = scorer.figures([runs["base"]], base, runs["text"])["loss"]
+                found[f"{template} {seed}"] = {
+                    "base": scorer.of_base(base)["loss"].value,
+                    "from text": scorer.of_base(runs["text"])["loss"].value,
+                    "from themselves": figure.value,
+                    "text minus themselves": dataclasses.asdict(figure.patch_minus),
+                }
+        return found
+
+    def others(self, which):
+        """Other languages' prompts under this language's patches: losses, with the interval of the difference."""
+        systems = {
+            "reserved rows": self.patch(which, "reserved"), "largest KS distance": self.patch(which, "ks"),
+            "most frequent rows": self.patch(which, "frequency"), row_name("\n"): self.patch(which, "\n"),
+        }  # fmt: skip
+        found = {}
+        for other in [("gnome", "ru"), ("gnome", "ko"), ("gnome", "id"), ("quran", "es")]:
+            build = self.build(other)
+            held_out = build.held_out.first(PAIRS)
+            scorer = Scorer(held_out.references, groups=held_out.groups)
+            base = self.losses(build, None, held_out)
+            found["-".join(other)] = {"base": scorer.of_base(base)["loss"].value} | {
+                name: dataclasses.asdict(scorer.figures([self.losses(build, patch, held_out)], base)["loss"])
+                for name, patch in systems.items()
+            }
+        return found
+
+    def make(self):
+        for part, wanted in WANTED.items():
+            for which in wanted:
+                self.once(which, part)
+
+
+TABLES = {}
+
+
+def table(function):
+    """A part of the document, by the function's name: made of the part of the study that its argument names."""
+    TABLES[function.__name__] = function
+    return function
+
+
+def own_label(evaluation, label="reserved rows before the prompt"):
+    """The evaluation's systems with what each is called here."""
+    return [(label if each.name == "patch" else each.label, each) for each in evaluation.ordered]
+
+
+@table
+def main(main):
+    parts = []
+    for which, value in main.items():
+        evaluation = read(Evaluation, value)
+        parts.append(f"### {named(which)}\n\n{figures_table(own_label(evaluation))}\n\n{against_table(evaluation)}")
+    return "\n\n".join(parts)
+
+
+def against_table(evaluation):
+    """Reserved rows minus each other system, with intervals, and each system's loss with every seed."""
+    lines = [
+        (
+            name,
+            *(against(metric, system.figures[metric]) for metric in ("loss", "chrf", "stop_rate")),
+            " / ".join(f"{value:.3f}" for value in system.figures["loss"].per_seed),
+        )
+        for name, system in own_label(evaluation)
+    ]  # fmt: skip
+    head = ("", "reserved minus it: loss", "chrF++ raw", "stops by itself", "loss with each seed")
+    return markdown_table(head, lines)
+
+
+@table
+def other_text(main):
+    head = ("loss per token of other text, and of 1,000 tokens how many are changed", "base", "reserved", "no words",
+            "largest KS distance", "most frequent", "the row `\"\\n\"`")  # fmt: skip
+    lines = []
+    for which, value in main.items():
+        by_name = {each.name: each.figures for each in read(Evaluation, value).systems}
+        names = ("patch", SOFT, "ks", "frequency", row_name("\n"))
+        lines.append((
+            named(which), show("other_loss", by_name["base"]["other_loss"].value),
+            *(", ".join(show(metric, by_name[name][metric].value) for metric in ("other_loss", "touched"))
+              for name in names),
+        ))  # fmt: skip
+    return markdown_table(head, lines)
+
+
+@table
+def sizes(main, sizes):
+    lines = []
+    by_size = {str(ROWS): main["-".join(FIRST)], **sizes["-".join(FIRST)]}
+    for k in sorted(by_size, key=int):
+        evaluation = read(Evaluation, by_size[k])
+        for label, system in own_label(evaluation):
+            if system.name in ("base", row_name("\n")):
+                continue
+            figures = system.figures
+            lines.append((
+                k, label,
+                from_base("loss", figures["loss"]), " / ".join(f"{x:.3f}" for x in figures["loss"].per_seed),
+                from_base("chrf", figures["chrf"]), show("stop_rate", figures["stop_rate"].value),
+                against("loss", figures["loss"]),
+                from_base("other_loss", figures["other_loss"]),
+            ))  # fmt: skip
+    head = ("rows", "", "loss minus the base's", "loss with each seed", "chrF++ raw minus the base's", "stops by itself",
+            "loss, reserved minus it", "other text's loss minus the base's")  # fmt: skip
+    return markdown_table(head, lines)
+
+
+@table
+def start(start):
+    lines = [
+        (named(which), key.replace(" ", ", seed "), f"{each['base']:.3f}", f"{each['from text']:.3f}",
+         f"{each['from themselves']:.3f}", interval_of(each["text minus themselves"]))
+        for which, of in start.items() for key, each in of.items()
+    ]  # fmt: skip
+    head = ("", "prompt", "base", "from the instruction's rows", "from the reserved rows", "the first minus the second")
+    return markdown_table(head, lines)
+
+
+def interval_of(found):
+    return f"{found['value']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+
+
+@table
+def others(others):
+    found = others["-".join(FIRST)]
+    names = list(next(iter(found.values())))
+    lines = [
+        (named(which), f"{of['base']:.3f}",
+         *(f"{of[name]['difference']:+.3f} ({of[name]['low']:+.3f} to {of[name]['high']:+.3f})" for name in names[1:]))
+        for which, of in found.items()
+    ]  # fmt: skip
+    return markdown_table(("the prompt of", *names), lines)
+
+
+def kept_results():
+    """What there is of each part, by part and build."""
+    files = {
+        part: {"-".join(which): RESULTS / f"{part}-{'-'.join(which)}.json" for which in wanted}
+        for part, wanted in WANTED.items()
+    }
+    return {
+        part: {which: json.loads(file.read_bytes()) for which, file in of.items() if file.is_file()}
+        for part, of in files.items()
+    }
+
+
+def setting(kept):
+    """What everything was measured with, and what is not measured yet."""
+    each = [one for of in kept.values() for one in of.values()]
+    config, cpu = each[0]["of"]["config"], each[0]["machine"]
+    missing = [
+        f"{part} ({', '.join(left)})"
+        for part, wanted in WANTED.items()
+        if (left := [named("-".join(which)) for which in wanted if "-".join(which) not in kept[part]])
+    ]
+    notes = {
+        f"- {named(which)}: {note}"
+        for which, one in kept["main"].items()
+        for note in read(Evaluation, one["value"]).notes
+        if note.startswith("Intervals")
+    }
+    return "\n".join([
+        f"{PAIRS} held-out sentences of each, seeds {' and '.join(map(str, SEEDS))}; {config['steps']} steps of the "
+        f"rows' tuning, for the test {config['embed_steps']} of embedding tuning before, batch {config['batch_size']}, "
+        f"learning rates {config['embed_lr']} and {config['lr']} standard deviations of the table; greedy, at most "
+        f"{NEW_TOKENS} new tokens. Machine: {cpu['cpu']}, {cpu['cores']} cores. Texts: "
+        f"{', '.join(DOMAINS[domain] for domain in dict.fromkeys(domain for domain, _ in BUILDS))}.",
+        "", *sorted(notes), *(["", f"**Not measured yet:** {'; '.join(missing)}."] if missing else []),
+    ])  # fmt: skip
+
+
+def tables(kept):
+    """Every part of the document that can be made, by name."""
+    parts = {part: {which: one["value"] for which, one in of.items()} for part, of in kept.items()}
+    found = {"setting": setting(kept)} if any(parts.values()) else {}
+    for name, function in TABLES.items():
+        needs = [parts[part] for part in inspect.signature(function).parameters]
+        found[name] = function(*needs) if all(needs) else "Not measured yet."
+    return found
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=".demo")
+@click.option("--tables", "only_tables", is_flag=True, help="Write the tables of the kept results only.")
+def run_study(folder: Path, only_tables: bool) -> None:
+    if not only_tables:
+        RESULTS.mkdir(exist_ok=True)
+        with RichReporter(console) as reporter:
+            Study(folder, reporter).make()
+    filled = fill(DOCUMENT.read_text(encoding="utf-8"), tables(kept_results()))
+    write_atomically(DOCUMENT, filled.encode())
+    console.print(f"Wrote {RESULTS} and the tables of {DOCUMENT}.")
+
+
+if __name__ == "__main__":
+    run_study()
