@@ -300,7 +300,7 @@ def setting(kept):
         if note.startswith("Intervals")
     }
     return "\n".join([
-        f"{PAIRS} held-out sentences of each, seeds {' and '.join(map(str, SEEDS))}; {config['steps']} steps of the "
+        f"{PAIRS} held-out sentences each, seeds {' and '.join(map(str, SEEDS))}; {config['steps']} steps of the "
         f"rows' tuning, for the test {config['embed_steps']} of embedding tuning before, batch {config['batch_size']}, "
         f"learning rates {config['embed_lr']} and {config['lr']} standard deviations of the table; greedy, at most "
         f"{NEW_TOKENS} new tokens. Machine: {cpu['cpu']}, {cpu['cores']} cores. Texts: "
