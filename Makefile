@@ -4,7 +4,7 @@
 # make browser   the tests of reports in Chromium (apt-get install chromium)
 # make stress   threads, tasks, streams and continuous batching on one model for a minute, every answer checked
 # make gpu   what only a GPU can show: answers under CUDA graphs, speed, and of vLLM where it is installed
-# make study   what is not there yet of the figures of docs/experiments.md; all of them take about two hours on two cores
+# make study   what is not there yet of the figures of docs/experiments.md (two hours on two cores) and docs/reserved.md
 # make vllm   the tests with vLLM, in an environment of its own (3.5 GB)    make vllm-next   the same with vLLM 0.33
 # make matrix   architectures of vLLM, one after the other, for the table of docs/serving.md
 # make demo   two languages for Gemma 3 270M, about ten minutes on two cores, and what their patches do
@@ -79,6 +79,7 @@ demo: model
 study: model .venv/dev
 	$(BIN)/python examples/demo/fetch.py $(DEMO) --study
 	$(BIN)/python benchmarks/study.py $(DEMO)
+	$(BIN)/python benchmarks/reserved.py $(DEMO)
 
 model: .venv/run
 	$(BIN)/python examples/demo/fetch.py $(DEMO)

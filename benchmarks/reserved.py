@@ -1,6 +1,6 @@
 """Reserved rows beside the test's, the most frequent and one row: the study of docs/reserved.md, on Gemma 3 270M.
 
-    make reserved        or: python benchmarks/reserved.py .demo
+    make study        or: python benchmarks/reserved.py .demo
 
 One command, which continues after a kill. What is trained and generated stays in FOLDER/study, beside that of study.py;
 each part's figures go to benchmarks/results/reserved/, and from there into the tables of docs/reserved.md (`--tables`
@@ -240,8 +240,10 @@ def sizes(main, sizes):
                 against("loss", figures["loss"]),
                 from_base("other_loss", figures["other_loss"]),
             ))  # fmt: skip
-    head = ("rows", "", "loss minus the base's", "loss with each seed", "chrF++ raw minus the base's", "stops by itself",
-            "loss, reserved minus it", "other text's loss minus the base's")  # fmt: skip
+    head = (
+        "rows", "", "loss minus the base's", "loss with each seed", "chrF++ raw minus the base's", "stops by itself",
+        "loss, reserved minus it", "other text's loss minus the base's",
+    )  # fmt: skip
     return markdown_table(head, lines)
 
 
@@ -312,7 +314,7 @@ def setting(kept):
 def tables(kept):
     """Every part of the document that can be made, by name."""
     parts = {part: {which: one["value"] for which, one in of.items()} for part, of in kept.items()}
-    found = {"setting": setting(kept)} if any(parts.values()) else {}
+    found = {"setting": setting(kept) if any(parts.values()) else "Not measured yet."}
     for name, function in TABLES.items():
         needs = [parts[part] for part in inspect.signature(function).parameters]
         found[name] = function(*needs) if all(needs) else "Not measured yet."

@@ -20,6 +20,8 @@ WORDS = {
     "side": "What the rows replace: those of the embedding (input), or of the embedding and of the head that shares "
     "its table (input+output).",
     "scope": "Where the rows act: in the prompt and the answer (all), or in the prompt alone (prompt).",
+    "reserved row": "A row of a token that a vocabulary keeps for later, such as <unused5>, so that no text has it. It "
+    "acts where the template writes its name, and changes nothing else.",
     "digest": "The sha256 of what a patch does, 64 digits of which the first 12 are shown. Two patches of one digest "
     "answer alike, whatever they are called.",
     "slot": "Room for one patch in a server's memory. Requests of one batch may use as many different patches as there "

@@ -1,4 +1,4 @@
-"""docs/experiments.md: its tables are what the study's results give, and nothing else."""
+"""docs/experiments.md and docs/reserved.md: their tables are what the studies' results give, and nothing else."""
 
 import json
 import sys
@@ -7,18 +7,25 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from study import DAMPING, DOCUMENT, fill, kept_results, tables
+import reserved
+import study
 
 
 def test_the_document_holds_the_tables_of_the_kept_results():
-    document = DOCUMENT.read_text(encoding="utf-8")
-    parts = tables(kept_results(), json.loads(DAMPING.read_bytes()))
-    assert fill(document, parts) == document, "run `python benchmarks/study.py --tables`"
+    document = study.DOCUMENT.read_text(encoding="utf-8")
+    parts = study.tables(study.kept_results(), json.loads(study.DAMPING.read_bytes()))
+    assert study.fill(document, parts) == document, "run `python benchmarks/study.py --tables`"
+
+
+def test_so_does_that_of_reserved_rows():
+    document = reserved.DOCUMENT.read_text(encoding="utf-8")
+    parts = reserved.tables(reserved.kept_results())
+    assert study.fill(document, parts) == document, "run `python benchmarks/reserved.py --tables`"
 
 
 def test_a_part_without_a_place_or_a_place_without_a_part_is_an_error():
     with pytest.raises(ValueError, match="the marks"):
-        fill("<!-- study:a --><!-- /study:a -->", {"a": "1", "b": "2"})
-    assert fill("x <!-- study:a -->old<!-- /study:a --> y", {"a": "1"}) == (
+        study.fill("<!-- study:a --><!-- /study:a -->", {"a": "1", "b": "2"})
+    assert study.fill("x <!-- study:a -->old<!-- /study:a --> y", {"a": "1"}) == (
         "x <!-- study:a -->\n\n1\n\n<!-- /study:a --> y"
     )

@@ -1,1 +1,1 @@
-"""Other formats: PEFT's adapters."""
+"""Other formats: PEFT's adapters, and patches written into a checkpoint of their own."""
