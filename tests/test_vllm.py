@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import run_cli, tiny_llama
 from test_hf import overwritten, some_patch
 
 from ksl_patch import Patch
@@ -346,6 +346,43 @@ def test_without_the_cache_s_key_the_same_check_fails(folder, tmp_path):
     )
     result = json.loads(run.stdout.strip().splitlines()[-1])
     assert result == {"with": {"cached": 0, "right": True}, "without": {"cached": 96, "right": False}}, run.stderr
+
+
+def test_reserved_rows_by_this_package_and_as_a_model_without_it(tmp_path, tokenizer):
+    """Prompts are texts: the tokens' names must come through vLLM's tokenizer."""
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizer.backend_tokenizer
+    own = PreTrainedTokenizerFast(tokenizer_object=type(backend).from_str(backend.to_str()), eos_token="</s>")
+    own.add_tokens([AddedToken(f"<unused{i}>", special=True, normalized=False) for i in range(8)])
+    base, model, first = tmp_path / "base", tiny_llama(hidden_size=128), len(own) - 8
+    model.save_pretrained(base)
+    own.save_pretrained(base)
+    patches = {}
+    for name, ids in {"a": [first, first + 1], "b": [first + 2, first + 5]}.items():
+        rows = 2 * torch.randn(2, 128, generator=torch.Generator().manual_seed(len(patches)))
+        patches[name] = Patch.from_model(model, ids, rows, name=name, tokenizer=own)
+        patches[name].save(tmp_path / f"{name}.safetensors")
+    asked = [
+        ("<unused0><unused1>The dog sees the sea.", "a"), ("The <unused5> dog<unused2>", "b"), ("The dog sees", None),
+        ("The dog sees", "a"),
+    ]  # fmt: skip
+    right = [expected(overwritten(model, patches.get(name)), own(text).input_ids, 16) for text, name in asked]
+    assert right[0] != expected(model, own(asked[0][0]).input_ids, 16)
+    assert right[2] == right[3]
+    files = [str(tmp_path / f"{name}.safetensors") for name in patches]
+    assert run_cli("export", *files, "--format", "model", "--base", base, "-o", tmp_path / "model")[0] == 0
+    script = Path(__file__).parent / "vllm_reserved.py"
+    for folder, plugins, named in ((base, "ksl_patch", True), (tmp_path / "model", "none", False)):
+        requests = [(text, str(tmp_path / f"{name}.safetensors") if named and name else None) for text, name in asked]
+        run = subprocess.run(
+            [sys.executable, script, folder, json.dumps(requests)], env=os.environ | {"VLLM_PLUGINS": plugins},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        printed = [line for line in run.stdout.splitlines() if line.startswith('{"tokens"')]  # engines print too
+        found = json.loads(printed[0]) if printed else None
+        assert found == {"tokens": right, "imported": named}, run.stderr[-2000:]
 
 
 def peft_adapter(model, folder, config, seed=0):
