@@ -363,7 +363,8 @@ def test_a_tuned_embedding_that_is_missing_is_left_out_for_every_seed_with_the_t
     reporter = Recorder()
     systems = make_systems(patch, reopen(patch, tmp_path, reporter), seeds=2)
     assert set(systems) == {"patch", "random", "noise"}
-    [message] = [text for event, text, _ in reporter.notes if event == "left_out"]
+    message, other = [text for event, text, _ in reporter.notes if event == "left_out"]
+    assert "no reserved token" in other
     assert "none for the seed 0" in message
     assert "'frequency' needs none" in message
     # A patch whose own selection needed it, and whose stage is gone, says so.
