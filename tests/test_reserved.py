@@ -105,6 +105,27 @@ def test_a_model_s_configuration_gives_roles(reserved_tokenizer):
     assert list(ReservedTokens(reserved_tokenizer, model)) == FREE[2:]
 
 
+def test_a_chat_template_that_puts_a_name_together_has_it(reserved_tokenizer, monkeypatch):
+    made = CHAT.replace("<|{{ m.role }}|>", "<|reserved_special_token_{{ 2 + 3 }}|>")
+    monkeypatch.setattr(reserved_tokenizer, "chat_template", made)
+    assert list(ReservedTokens(reserved_tokenizer)) == [i for i in FREE if i != 405]
+    monkeypatch.setattr(reserved_tokenizer, "chat_template", {"default": CHAT, "tools": names(411)})
+    assert list(ReservedTokens(reserved_tokenizer)) == FREE[:-1]
+
+
+def test_a_token_without_a_row_is_none(reserved_tokenizer):
+    assert list(ReservedTokens(reserved_tokenizer, tiny_llama(vocab_size=410))) == FREE[:-2]
+
+
+def test_a_name_that_the_tokenizer_alone_finds_in_the_pairs_is_refused(tmp_path, folder, monkeypatch):
+    file = tmp_path / "pairs.jsonl"
+    texts = [(f"{s} {names(400)}", t) for s, t in PAIRS]
+    file.write_text("".join(json.dumps({"source": s, "target": t}) + "\n" for s, t in texts))
+    monkeypatch.setattr("ksl_patch.train.reserved.names_in", lambda texts: set())
+    with pytest.raises(RunError, match="remove their names from the pairs"):
+        built(tmp_path, folder, file)
+
+
 def test_a_tokenizer_that_reads_names_as_text_has_none(reserved_tokenizer):
     reserved_tokenizer.split_special_tokens = True
     try:

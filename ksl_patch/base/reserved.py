@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
+
+from ksl_patch.base.table import find_embedding
 
 # <unused5> [unused5] <|reserved_special_token_7|> <reserved_106> <|extra_3|> <|EXTRA_3_TOKEN|> <SPECIAL_12> <|dummy_7|>
 # <|placeholder1|> [UNUSED_TOKEN_146] >>UNUSED_119<< <｜place▁holder▁no▁799｜>; always with a number, between brackets.
@@ -34,6 +37,7 @@ class ReservedTokens:
 
     def __init__(self, tokenizer: Any, model: Any = None) -> None:
         self._tokenizer, self._model = tokenizer, model
+        self._rows = None if model is None else find_embedding(model).vocab_size
 
     def __iter__(self) -> Iterator[int]:
         return (i for i in self._by_name.values() if self.why_not(i) is None)
@@ -52,6 +56,8 @@ class ReservedTokens:
         name = self.name(token_id)
         if not _NAME.fullmatch(name):
             return "its name does not say so"
+        if self._rows is not None and token_id >= self._rows:
+            return "the table has no row for it"
         if token_id in self._roles:
             return "the base's configuration gives it a role"
         if name.lower() in self._in_chats:
@@ -69,8 +75,16 @@ class ReservedTokens:
 
     @cached_property
     def _in_chats(self) -> set[str]:
-        template = getattr(self._tokenizer, "chat_template", None) or ""
-        return names_in(template.values() if isinstance(template, dict) else [template])
+        """Names in the chat template, and in what it makes of a conversation: it may put names together."""
+        template = getattr(self._tokenizer, "chat_template", None)
+        if not template:
+            return set()
+        texts = list(template.values()) if isinstance(template, dict) else [template]
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        for messages in ([{"role": "system", "content": "c"}, *said], said, said[:1]):
+            with suppress(Exception):  # the template's own words: it may know no system prompt, or name no default
+                texts.append(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return names_in(texts)
 
     @cached_property
     def _roles(self) -> set[int]:

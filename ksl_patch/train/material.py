@@ -120,7 +120,8 @@ class Material:
             raise RunError("side 'input+output' is for bases whose head is tied to the embedding; use 'input' here.")
         self.reserved = ReservedTokens(self.tokenizer, self.model)
         self.template = template or self._made_template(read)
-        self._longest = config.max_length + reserved.positions(self)
+        self._reserved_places = reserved.positions(self)
+        self._longest = config.max_length + self._reserved_places
         self.train = self._training()
         self.dev = self.encode(self.pairs.dev, "dev") if self.pairs.dev else Encoded([], [], self.template)
         self.held_out = (
@@ -205,6 +206,8 @@ class Material:
         end = end_token_id(self.model, self.tokenizer)
         encoded = encode(template or self.template, pairs, self.tokenizer, end, self._longest)
         check_ids((e.prompt + e.answer for e in encoded.examples), self.base.vocab_size)
+        if self.reserved_ids and template is None:
+            reserved.check_reached(self, encoded, self._reserved_places)
         return encoded
 
     def _check_length(self, pairs: list[Pair], encoded: Encoded, what: str) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ksl_patch.base import find_embedding
 from ksl_patch.base.reserved import names_in
+from ksl_patch.data.encoding import Encoded
 from ksl_patch.data.pairs import Pair
 from ksl_patch.data.templates import has_words, make_template, without
 from ksl_patch.errors import RunError
@@ -55,7 +56,7 @@ def choose(of: Material, pairs: Sequence[Pair]) -> list[str]:
     assert config.top_k is not None
     ids = list(islice(free, config.top_k))
     if len(ids) < config.top_k:
-        found = [i for i in reserved if i < of.base.vocab_size]
+        found = list(reserved)
         left = f", {len(ids)} of which nothing else has" if len(ids) < len(found) else ""
         have = (
             f"{counted(len(found), 'reserved token')}{left}"
@@ -94,6 +95,17 @@ def positions(of: Material) -> int:
             )
         count += found
     return count
+
+
+def check_reached(of: Material, pairs: Encoded, each: int) -> None:
+    """Raise RunError for a pair whose tokens have the reserved ones otherwise than its template, `each` times."""
+    ids = set(of.reserved_ids)
+    for pair, example in zip(pairs.pairs, pairs.examples, strict=True):
+        if sum(token in ids for token in example.prompt) != each or not ids.isdisjoint(example.answer):
+            raise RunError(
+                f"the tokenizer finds other reserved tokens in the pair {pair.source[:60]!r} than its template has: "
+                "remove their names from the pairs, or put {reserved} elsewhere."
+            )
 
 
 def unreserved(of: Material) -> TemplateMeta:
