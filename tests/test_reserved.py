@@ -509,6 +509,26 @@ def test_a_model_of_an_untied_base_and_rows_of_a_head_apart(tmp_path, folder):
     assert torch.equal(plain.get_input_embeddings().weight[400], apart.rows[0])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "qwen3", "gemma", "gemma3_text", "mistral"])
+def test_any_architecture_s_checkpoint_has_the_patch_s_bits(tmp_path, reserved_tokenizer, kind, tied):
+    from test_hf import small, some_patch
+
+    from ksl_patch.interop.checkpoint import write_checkpoint
+
+    model = small(kind)
+    if find_embedding(model).tied != tied:
+        model.config.tie_word_embeddings = tied
+        model = type(model)(model.config).eval()
+    patch, ids = some_patch(model, 1), torch.tensor([[5, 9, 300, 17]])
+    with torch.no_grad():
+        with attach(model) as handle, handle.serving(handle.bank.add(slot_rows(patch))):
+            wanted = model(ids).logits
+        assert write_checkpoint(model, reserved_tokenizer, patch, [patch], tmp_path / "m", base="x") == tied
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+        assert torch.equal(again(ids).logits, wanted)
+
+
 @pytest.mark.parametrize(
     ("patches", "sentence"),
     [([{"name": "a", "ids": [400]}, {"name": "bb", "ids": [400]}], "change 1 of the same tokens"),

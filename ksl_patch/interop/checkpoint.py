@@ -145,7 +145,7 @@ def _section(patch: Patch) -> str:
         ("rows chosen by", meta.ticket and meta.ticket.rule),
         ("licence", meta.licence),
     ]
-    lines = [f"- {name}: {value}" for name, value in facts if value]
+    lines = [f"- {name}: {' '.join(str(value).split())}" for name, value in facts if value]
     prompt = meta.template.text if meta.template else "none is known"
     indented = "\n".join(f"    {line}" for line in prompt.split("\n"))
     return f"## {meta.name}\n\n" + "\n".join(lines) + f"\n\nIts prompt:\n\n{indented}"
