@@ -14,7 +14,19 @@ from pathlib import Path
 
 import click
 from machine import console, machine
-from study import DOMAINS, NEW_TOKENS, PAIRS, ROOT, ROWS, figures_table, fill, named, row_name, settings
+from study import (
+    DOMAINS,
+    NEW_TOKENS,
+    PAIRS,
+    ROOT,
+    ROWS,
+    figures_table,
+    kept_in,
+    named,
+    row_name,
+    settings,
+    write_tables,
+)
 
 from ksl_patch.atomic import write_atomically
 from ksl_patch.evidence.evaluate import evaluate
@@ -276,14 +288,7 @@ def others(others):
 
 def kept_results():
     """What there is of each part, by part and build."""
-    files = {
-        part: {"-".join(which): RESULTS / f"{part}-{'-'.join(which)}.json" for which in wanted}
-        for part, wanted in WANTED.items()
-    }
-    return {
-        part: {which: json.loads(file.read_bytes()) for which, file in of.items() if file.is_file()}
-        for part, of in files.items()
-    }
+    return kept_in(RESULTS, WANTED)
 
 
 def setting(kept):
@@ -329,9 +334,7 @@ def run_study(folder: Path, only_tables: bool) -> None:
         RESULTS.mkdir(exist_ok=True)
         with RichReporter(console) as reporter:
             Study(folder, reporter).make()
-    filled = fill(DOCUMENT.read_text(encoding="utf-8"), tables(kept_results()))
-    write_atomically(DOCUMENT, filled.encode())
-    console.print(f"Wrote {RESULTS} and the tables of {DOCUMENT}.")
+    write_tables(DOCUMENT, RESULTS, tables(kept_results()))
 
 
 if __name__ == "__main__":

@@ -370,16 +370,21 @@ def patch_of(evaluation: Evaluation) -> SystemScores:
     return next(system for system in evaluation.systems if system.name == "patch")
 
 
-def kept_results() -> dict[str, dict[str, dict]]:
+def kept_in(results: Path, wanted: dict[str, list]) -> dict[str, dict[str, dict]]:
     """What there is of each part, by part and build."""
     files = {
-        part: {"-".join(which): RESULTS / f"{part}-{'-'.join(which)}.json" for which in wanted}
-        for part, wanted in WANTED.items()
+        part: {"-".join(which): results / f"{part}-{'-'.join(which)}.json" for which in builds}
+        for part, builds in wanted.items()
     }
-    kept = {
+    return {
         part: {which: json.loads(file.read_bytes()) for which, file in of.items() if file.is_file()}
         for part, of in files.items()
     }
+
+
+def kept_results() -> dict[str, dict[str, dict]]:
+    """That of this study. Raises ValueError where parts are of several settings."""
+    kept = kept_in(RESULTS, WANTED)
     known = {
         json.dumps([one["of"][name] for name in ("constants", "base")]) for of in kept.values() for one in of.values()
     }
@@ -630,6 +635,11 @@ def fill(document: str, parts: dict[str, str]) -> str:
     return document
 
 
+def write_tables(document: Path, results: Path, parts: dict[str, str]) -> None:
+    write_atomically(document, fill(document.read_text(encoding="utf-8"), parts).encode())
+    console.print(f"Wrote {results} and the tables of {document}.")
+
+
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=".demo")
 @click.option("--tables", "only_tables", is_flag=True, help="Write the tables of the kept results only.")
@@ -638,10 +648,7 @@ def run_study(folder: Path, only_tables: bool) -> None:
         RESULTS.mkdir(exist_ok=True)
         with RichReporter(console) as reporter:
             Study(folder, reporter).make()
-    parts = tables(kept_results(), json.loads(DAMPING.read_bytes()))
-    filled = fill(DOCUMENT.read_text(encoding="utf-8"), parts)
-    write_atomically(DOCUMENT, filled.encode())
-    console.print(f"Wrote {RESULTS} and the tables of {DOCUMENT}.")
+    write_tables(DOCUMENT, RESULTS, tables(kept_results(), json.loads(DAMPING.read_bytes())))
 
 
 if __name__ == "__main__":

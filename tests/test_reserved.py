@@ -567,3 +567,15 @@ def test_an_adapter_holds_one_patch(tmp_path, folder):
     file = tmp_path / "a.safetensors"
     code, _, err = run_cli("export", file, file, "--format", "lora", "--base", folder, "-o", tmp_path / "m")
     assert (code, "an adapter holds one patch" in err) == (2, True)
+
+
+def test_rows_of_prompts_alone_act_on_other_texts_as_on_prompts(folder):
+    from ksl_patch.evidence.elsewhere import measured
+
+    model, tokenizer = load_base(str(folder), device="cpu")
+    ids = sorted({i for text in sample().values() for i in tokenizer(text).input_ids[1:]})[:8]
+    losses = {
+        scope: measured(model, tokenizer, some(folder, "x", ids, scope=scope))["losses"] for scope in ("all", "prompt")
+    }
+    assert losses["prompt"] == losses["all"]
+    assert losses["all"] != measured(model, tokenizer, None)["losses"]

@@ -69,12 +69,16 @@ def touched(patch: Patch, tokenizer: Any, model: Any = None) -> Elsewhere:
 
 
 def measured(model: Any, tokenizer: Any, patch: Patch | None) -> dict[str, Any]:
-    """The loss of each text of the sample in nats, its tokens, and the greedy output for each of the other prompts."""
+    """The loss of each text of the sample in nats, its tokens, and the greedy output for each of the other prompts.
+
+    The texts are read as prompts are: rows of scope "prompt" act there too.
+    """
     texts = [tokenizer(text).input_ids for text in sample().values()]
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     with attach(model) as handle:
         slot = 0 if patch is None else handle.bank.add(slot_rows(patch))
-        with handle.serving(slot):
+        read = 0 if patch is None else handle.bank.add(replace(slot_rows(patch), prompt_only=False))
+        with handle.serving(read):
             # The first token has nothing before it to be told from.
             losses, tokens = answer_losses(model, [Example(ids[:1], ids[1:]) for ids in texts], handle=handle)
         outputs = complete(model, tokenizer, prompts, [slot] * len(prompts), handle, _NEW_TOKENS, None)
