@@ -394,7 +394,7 @@ def test_the_best_single_row_is_a_control_by_name(config, tmp_path):
     assert "best single row" in make_card(Patch.load(path), "me/it", "es", None, base_model="a/b")
     assert "single" not in make_systems(made.patch(), made)  # not one of those that are there by default
     code, _, err = run_cli("eval", path, "--controls", "best")
-    assert (code, "frequency,l2,random,noise,single" in err) == (2, True)
+    assert (code, "ks,frequency,l2,random,reserved,noise,single" in err) == (2, True)
 
 
 def test_a_single_row_is_not_several(base_folder, pairs_file, tmp_path):
