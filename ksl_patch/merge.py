@@ -122,7 +122,11 @@ def merge(a: Patch, b: Patch, *, name: str, policy: Policy | None = None) -> Pat
         meta=replace(
             a.meta,
             name=name,
-            base=a.meta.base if a.meta.base.body == b.meta.base.body else replace(a.meta.base, body=None),
+            base=replace(
+                a.meta.base,
+                body=a.meta.base.body if a.meta.base.body == b.meta.base.body else None,
+                tokenizer_digest=a.meta.base.tokenizer_digest or b.meta.base.tokenizer_digest,
+            ),
             language=common("language"),  # type: ignore[arg-type]
             template=common("template"),  # type: ignore[arg-type]
             tokens=[text[i] for i in ids.tolist()] if a.meta.tokens and b.meta.tokens else None,

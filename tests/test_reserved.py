@@ -529,6 +529,64 @@ def test_any_architecture_s_checkpoint_has_the_patch_s_bits(tmp_path, reserved_t
         assert torch.equal(again(ids).logits, wanted)
 
 
+def test_what_a_head_shares_beside_its_table_is_written_too(tmp_path, reserved_tokenizer):
+    """BERT's classes tie the head's bias, too, and loading says of a missing one that it is new."""
+    from ksl_patch.interop.checkpoint import write_checkpoint
+
+    config = transformers.BertConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        is_decoder=True,
+    )  # fmt: skip
+    model = transformers.BertLMHeadModel(config).eval()
+    model.get_output_embeddings().bias.data.normal_()
+    rows = torch.randn(1, 32)
+    patch, ids = Patch.from_model(model, [5], rows, name="a"), torch.tensor([[5, 9, 300]])
+    with torch.no_grad():
+        with attach(model) as handle, handle.serving(handle.bank.add(slot_rows(patch))):
+            wanted = model(ids).logits
+        assert write_checkpoint(model, reserved_tokenizer, patch, [patch], tmp_path / "m", base="x")
+        again, found = transformers.BertLMHeadModel.from_pretrained(tmp_path / "m", output_loading_info=True)
+        assert not found["missing_keys"]
+        torch.testing.assert_close(again.eval()(ids).logits, wanted)
+
+
+def test_a_head_with_other_rows_is_not_overwritten(tmp_path, folder):
+    both = some(folder, "a", [400], side="input+output")
+    other = tmp_path / "other"
+    model, tokenizer = load_base(str(folder), device="cpu")
+    untied = tiny_llama(tied=False, vocab_size=416)
+    untied.get_input_embeddings().weight.data.copy_(model.get_input_embeddings().weight)
+    untied.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    code, _, err = exported(tmp_path, other, both)
+    assert (code, "this model's head has other rows" in err) == (1, True)
+
+
+def test_rows_of_another_dtype_are_rounded_as_when_they_are_served(tmp_path, folder):
+    patch, half = some(folder, "a", [400]), tmp_path / "half"
+    model, tokenizer = load_base(str(folder), device="cpu")
+    model.to(torch.bfloat16).save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    code, _, err = exported(tmp_path, half, patch)
+    assert code == 0, err
+    written = load_base(str(tmp_path / "model"), device="cpu")[0].get_input_embeddings().weight[400]
+    assert torch.equal(written, patch.rows[0].to(torch.bfloat16))
+
+
+def test_a_card_shows_hostile_words_as_words(tmp_path, folder):
+    patch = some(folder, "a", [400], licence="x\n---\n<script>alert(1)</script>\n# h")
+    template = make_template("{source}\r# a\n```\n", source_language="en", language="es", tokenizer=None)
+    assert exported(tmp_path, folder, patch.with_meta(template=template))[0] == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "<script>" not in card
+    assert "\n---\n<" not in card
+    assert "\r" not in card
+    assert json.dumps(template.text) in card
+    listed = json.loads((tmp_path / "model" / "ksl_patch.json").read_text())["patches"][0]
+    assert listed["template"]["text"] == template.text
+    assert listed["template"]["chat"] is False
+
+
 @pytest.mark.parametrize(
     ("patches", "sentence"),
     [([{"name": "a", "ids": [400]}, {"name": "bb", "ids": [400]}], "change 1 of the same tokens"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ def export(
         raise click.UsageError("an adapter holds one patch: merge them first, or write --format model.")
     if form == "model" and not _is_size(shard):
         raise click.UsageError(f"--shard is a size such as 500MB or 5GB, not {shard!r}.")
-    patches = [load(reference) for reference in references]
+    patches = list({patch.digest: patch for patch in map(load, references)}.values())
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PatchError(f"{output} exists and is not an empty folder: give another.")
     if form == "model":
@@ -78,16 +79,23 @@ def export(
 
 
 def _is_size(text: str) -> bool:
-    number, unit = text[:-2], text[-2:]
-    return number.isdigit() and int(number) > 0 and unit.upper() in ("KB", "MB", "GB")
+    return re.fullmatch("[1-9][0-9]{0,5}[KMG]B", text, re.IGNORECASE) is not None
 
 
 def _model(patches: list[Patch], base: str, revision: str | None, shard: str, output: Path, as_json: bool) -> None:
+    from ksl_patch.errors import PatchError
     from ksl_patch.hf import load_base
     from ksl_patch.interop.checkpoint import write_checkpoint
     from ksl_patch.merge import merge_all
 
-    merged = merge_all(patches, name="merged")
+    try:
+        merged = merge_all(patches, name="merged")
+    except PatchError as error:
+        asked = str(error).partition(": say whose rows")[0]
+        raise PatchError(
+            f"{asked}: {', '.join(patch.meta.name for patch in patches)} do not fit into one model. Build reserved "
+            "rows with --beside, or merge first, with --on-conflict."
+        ) from error
     if not as_json:
         click.echo(f"Loading {base} ...", err=True)
     model, tokenizer = load_base(base, revision=revision, device="cpu")

@@ -6,9 +6,11 @@ It is exact: a tied head that the patches leave alone gets a table of its own, a
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ksl_patch.base import find_embedding
-from ksl_patch.base.tensors import row_bits
-from ksl_patch.base.weight_files import table_in_files
+from ksl_patch.base.identity import check_head
+from ksl_patch.base.model_id import public_id
+from ksl_patch.base.tensors import dtype_name
 from ksl_patch.errors import PatchError
 from ksl_patch.patch import Patch
 
@@ -39,22 +42,46 @@ def apply(patch: Patch, model: Any) -> bool:
             "it cannot be written into one."
         )
     table = find_embedding(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise PatchError("the base is a PEFT adapter's folder: merge the adapter into its base, and give that.")
     if getattr(model, "is_quantized", False) or not table.plain or len(table.lookups) != 1:
         raise PatchError("the base's table is packed, or there are several: load it unquantised, with one embedding.")
-    ids, head = patch.token_ids.to(table.device), table.head
-    output = patch.rows if patch.output_rows is None else patch.output_rows
     whole = patch.meta.side == "input+output"
+    if whole:
+        check_head(patch.meta.base, patch.token_ids, patch.base_rows, table)
+    ids, head = patch.token_ids.to(table.device), table.head
+    rows = _as_in(table.weight, patch.rows)
+    output = rows if patch.output_rows is None else _as_in(table.weight, patch.output_rows)
     untie = table.tied and not (whole and patch.output_rows is None)
     if untie:
         assert head is not None
         head.register_parameter("weight", nn.Parameter(table.weight.detach().clone(), requires_grad=False))
+        _own_tensors(model)
         for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False
-    table.weight.data[ids] = patch.rows.to(table.device)
+    table.weight.data[ids] = rows
     if whole:
         assert head is not None
-        head.get_parameter("weight").data[ids] = output.to(table.device)
+        head.get_parameter("weight").data[ids] = output
     return untie
+
+
+def _as_in(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A patch's rows [k, d] as a table of another dtype or device has them. Raises PatchError where they overflow."""
+    found = rows.to(table.device, table.dtype)
+    if not found.isfinite().all():
+        raise PatchError(f"the patch's rows are too large for the base's {dtype_name(table.dtype)}: load it wider.")
+    return found
+
+
+def _own_tensors(model: Any) -> None:
+    """Give each name of a shared parameter a tensor of its own: with the head, a class may tie its bias, too."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) in seen:
+                module.register_parameter(key, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            seen.add(id(parameter))
 
 
 def write_checkpoint(
@@ -65,14 +92,14 @@ def write_checkpoint(
     merged: all rows, of `patches` together. folder: is not there yet, or empty; a write that fails leaves none. base:
     where the model came from, whose licence files are kept beside it. Raises PatchError.
     """
+    untied = apply(merged, model)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
             made = Path(name) / "model"
-            untied = apply(merged, model)
             model.save_pretrained(made, max_shard_size=shard)
             tokenizer.save_pretrained(made)
-            _check(made, merged)
+            _check(made, model)
             for file in {file for pattern in _TERMS for file in Path(base).glob(pattern) if file.is_file()}:
                 shutil.copy(file, made / file.name)
             (made / "README.md").write_text(
@@ -87,11 +114,24 @@ def write_checkpoint(
     return untied
 
 
-def _check(folder: Path, patch: Patch) -> None:
-    """Raise PatchError unless the files have the patch's rows, bit for bit."""
-    table = table_in_files(folder)
-    if table is not None and not torch.equal(row_bits(table.rows(patch.token_ids)), row_bits(patch.rows)):
-        raise PatchError(f"the files of the checkpoint do not have the rows of {patch.meta.name}: nothing was kept.")
+def _check(folder: Path, model: Any) -> None:
+    """Raise PatchError unless the files give this model again, every weight of it bit for bit."""
+    try:
+        again, found = type(model).from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except Exception as error:  # of every kind, from transformers and what it builds on
+        raise PatchError(f"the checkpoint cannot be loaded again ({error}): nothing was kept.") from error
+    wrong = sorted(found["missing_keys"])
+    own = again.state_dict()
+    wrong += [
+        name
+        for name, tensor in model.state_dict().items()
+        if name not in own or tensor.dtype != own[name].dtype or not torch.equal(tensor.cpu(), own[name])
+    ]
+    if wrong:
+        raise PatchError(
+            f"the checkpoint does not give the model again: {wrong[0]} differs, so nothing was kept; this architecture "
+            "cannot be written."
+        )
 
 
 def _digests(patches: Sequence[Patch]) -> str:
@@ -102,7 +142,9 @@ def _digests(patches: Sequence[Patch]) -> str:
             "language": patch.meta.language,
             "digest": patch.digest,
             "token_ids": patch.token_ids.tolist(),
-            "template": patch.meta.template and patch.meta.template.text,
+            "side": patch.meta.side,
+            "licence": patch.meta.licence,
+            "template": patch.meta.template and asdict(patch.meta.template),
         }
         for patch in patches
     ]
@@ -114,7 +156,7 @@ def card(patches: Sequence[Patch], base: str, *, rows: int, untied: bool) -> str
     from huggingface_hub import ModelCardData
 
     meta = patches[0].meta
-    named = meta.base.model_id or base
+    named = _line(meta.base.model_id or public_id(base) or "a base")
     languages = [patch.meta.language.split("-")[0].lower() for patch in patches if patch.meta.language]
     data = ModelCardData(
         base_model=named, base_model_relation="finetune", library_name="transformers",
@@ -145,7 +187,15 @@ def _section(patch: Patch) -> str:
         ("rows chosen by", meta.ticket and meta.ticket.rule),
         ("licence", meta.licence),
     ]
-    lines = [f"- {name}: {' '.join(str(value).split())}" for name, value in facts if value]
-    prompt = meta.template.text if meta.template else "none is known"
-    indented = "\n".join(f"    {line}" for line in prompt.split("\n"))
-    return f"## {meta.name}\n\n" + "\n".join(lines) + f"\n\nIts prompt:\n\n{indented}"
+    lines = [f"- {name}: {value if name == 'digest' else _line(str(value))}" for name, value in facts if value]
+    prompt = json.dumps(meta.template.text, ensure_ascii=False) if meta.template else "none is known"
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", prompt)), default=0))
+    return (
+        f"## {meta.name}\n\n" + "\n".join(lines) + "\n\nIts prompt, as a JSON string (`ksl_patch.json` has all of its "
+        f"template):\n\n{fence}json\n{prompt}\n{fence}"
+    )
+
+
+def _line(text: str) -> str:
+    """A text from a patch as text of one line, and no Markdown or HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", " ".join(text.split()))
