@@ -1,6 +1,7 @@
 """Reserved rows: which tokens they are, where they stand, that they change nothing else, and who takes which."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -571,6 +572,26 @@ def test_rows_of_another_dtype_are_rounded_as_when_they_are_served(tmp_path, fol
     assert code == 0, err
     written = load_base(str(tmp_path / "model"), device="cpu")[0].get_input_embeddings().weight[400]
     assert torch.equal(written, patch.rows[0].to(torch.bfloat16))
+
+
+def test_licences_and_what_prepares_pictures_go_along(tmp_path, folder):
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    for name in ("LICENSE", "Gemma_terms.txt", "terms.safetensors", "processor_config.json", "other.txt"):
+        (base / name).write_text("{}")
+    assert exported(tmp_path, base, some(folder, "a", [400]))[0] == 0
+    found = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"LICENSE", "Gemma_terms.txt", "processor_config.json"} <= found
+    assert not {"terms.safetensors", "other.txt"} & found
+
+
+def test_a_part_of_a_model_is_not_written_as_the_whole(tmp_path, folder):
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaWithEyes"]}))
+    code, _, err = exported(tmp_path, base, some(folder, "a", [400]))
+    assert (code, "the base is a LlamaWithEyes" in err) == (1, True)
 
 
 def test_a_card_shows_hostile_words_as_words(tmp_path, folder):

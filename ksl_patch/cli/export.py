@@ -83,6 +83,8 @@ def _is_size(text: str) -> bool:
 
 
 def _model(patches: list[Patch], base: str, revision: str | None, shard: str, output: Path, as_json: bool) -> None:
+    from transformers import AutoConfig
+
     from ksl_patch.errors import PatchError
     from ksl_patch.hf import load_base
     from ksl_patch.interop.checkpoint import write_checkpoint
@@ -99,6 +101,12 @@ def _model(patches: list[Patch], base: str, revision: str | None, shard: str, ou
     if not as_json:
         click.echo(f"Loading {base} ...", err=True)
     model, tokenizer = load_base(base, revision=revision, device="cpu")
+    whole, own = AutoConfig.from_pretrained(base, revision=revision).architectures or [], type(model).__name__
+    if whole and own not in whole and not whole[0].endswith("Model"):  # such as LlamaModel, without a head
+        raise PatchError(
+            f"the base is a {whole[0]}, of which its language model alone ({own}) was loaded: the rest would be "
+            "missing in the written model."
+        )
     for patch in patches:
         patch.check(model, tokenizer)
     untied = write_checkpoint(model, tokenizer, merged, patches, output, base=base, shard=shard)

@@ -26,7 +26,8 @@ from ksl_patch.errors import PatchError
 from ksl_patch.patch import Patch
 
 SHARD = "5GB"
-_TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*TERMS*", "*USE_POLICY*")
+_TERMS = re.compile(r"(licen[cs]e|notice|copying|use_policy|.*terms)[\w.-]*?(\.txt|\.md|\.html|\.pdf)?", re.IGNORECASE)
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 @torch.no_grad()
@@ -100,7 +101,7 @@ def write_checkpoint(
             model.save_pretrained(made, max_shard_size=shard)
             tokenizer.save_pretrained(made)
             _check(made, model)
-            for file in {file for pattern in _TERMS for file in Path(base).glob(pattern) if file.is_file()}:
+            for file in _beside(base):
                 shutil.copy(file, made / file.name)
             (made / "README.md").write_text(
                 card(patches, base, rows=len(merged.token_ids), untied=untied), encoding="utf-8"
@@ -112,6 +113,14 @@ def write_checkpoint(
     except (OSError, SafetensorError) as error:
         raise PatchError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}.") from error
     return untied
+
+
+def _beside(base: str) -> list[Path]:
+    """The licences of a base in a folder, and what prepares pictures for it."""
+    if not Path(base).is_dir():
+        return []
+    named = (file for file in sorted(Path(base).iterdir()) if _TERMS.fullmatch(file.name) or file.name in _PROCESSORS)
+    return [file for file in named if file.is_file() and file.suffix != ".safetensors"]
 
 
 def _check(folder: Path, model: Any) -> None:
