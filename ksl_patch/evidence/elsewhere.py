@@ -60,11 +60,12 @@ def touched(patch: Patch, tokenizer: Any, model: Any = None) -> Elsewhere:
     """How many tokens of the sample a patch has rows of, and whether it is harmless outside its template."""
     ids = set(patch.token_ids.tolist())
     texts = [tokenizer(text).input_ids for text in sample().values()]
+    found = sum(token in ids for text in texts for token in text)
     return Elsewhere(
-        reserved=not not_reserved(patch, tokenizer, model),
+        reserved=not found and not not_reserved(patch, tokenizer, model),
         languages=len(texts),
         tokens=sum(map(len, texts)),
-        touched=sum(token in ids for text in texts for token in text),
+        touched=found,
     )
 
 
