@@ -157,6 +157,18 @@ def test_where_they_stand(tokenizer, kind, text):
     assert stripped.count("{source}") == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [("Russian: {reserved}", "Russian:"), ("Russian:{reserved}", "Russian:"), ("{reserved} Say", "Say"),
+     ("a {reserved} b", "a b"), ("a{reserved}b", "ab"), ("x {reserved}\ny", "x\ny"), ("x\n{reserved}\ny", "x\n\ny")],
+)  # fmt: skip
+def test_without_them_no_space_of_theirs_stays(tokenizer, text, plain):
+    """An answer after a space is cut into other tokens, and the base would look worse than it is."""
+    own = [NAME.format(0), NAME.format(2)]
+    made = make_template(f"{{source}}\n{text}", source_language="en", language="es", tokenizer=tokenizer, reserved=own)
+    assert without(made, own).text == f"{{source}}\n{plain}"
+
+
 def test_in_a_chat_they_are_in_the_user_s_turn(reserved_tokenizer):
     made = make_template(
         "chat", source_language="en", language="es", tokenizer=reserved_tokenizer, reserved=[NAME.format(0)]

@@ -87,9 +87,17 @@ def template_fields(kind: str, system: str | None) -> list[str]:
 
 
 def without(template: TemplateMeta, names: Sequence[str]) -> TemplateMeta:
-    """The template without the tokens of these names."""
-    parts = [name for name in names if name]
-    return replace(template, text=re.sub("|".join(map(re.escape, parts)), "", template.text)) if parts else template
+    """The template without the tokens of these names, and without the spaces that set them off."""
+    parts, text = "|".join(re.escape(name) for name in names if name), template.text
+    if not parts:
+        return template
+
+    def gone(found: re.Match[str]) -> str:
+        before, after = text[: found.start()][-1:], text[found.end() :][:1]
+        between = before and after and not (before + after).isspace() and "\n" not in (before, after)
+        return " " if between and found[0] != found[0].strip(" ") else ""
+
+    return replace(template, text=re.sub(f" *(?:(?:{parts}) *)+", gone, text))
 
 
 def has_words(template: TemplateMeta) -> bool:
