@@ -9,11 +9,9 @@ writes these alone). A part is made again where its settings changed, or its fil
 
 import dataclasses
 import inspect
-import json
 from pathlib import Path
 
 import click
-from machine import console, machine
 from study import (
     DOMAINS,
     NEW_TOKENS,
@@ -21,27 +19,28 @@ from study import (
     ROOT,
     ROWS,
     figures_table,
+    keep_part,
     kept_in,
+    make,
     named,
+    not_measured,
     row_name,
     settings,
     write_tables,
 )
 
-from ksl_patch.atomic import write_atomically
 from ksl_patch.evidence.evaluate import evaluate
 from ksl_patch.evidence.outputs import Cache, Outputs
 from ksl_patch.evidence.scorer import Scorer
 from ksl_patch.evidence.systems import prompts_of
 from ksl_patch.hf import attach
 from ksl_patch.overlay import slot_rows
-from ksl_patch.patch.evaluation import Evaluation, read, write
-from ksl_patch.patch.wording import against, from_base, show
+from ksl_patch.patch.evaluation import Difference, Evaluation, Figure, read, write
+from ksl_patch.patch.wording import against, difference, from_base, show
 from ksl_patch.store.card import markdown_table
 from ksl_patch.ticket import given_ticket
 from ksl_patch.train.build import Build
 from ksl_patch.train.loss import answer_losses
-from ksl_patch.train.progress import RichReporter
 
 RESULTS, DOCUMENT = ROOT / "benchmarks/results/reserved", ROOT / "docs/reserved.md"
 BUILDS = [("gnome", "de"), ("gnome", "ru"), ("gnome", "id"), ("quran", "es"), ("quran", "ru"), ("quran", "id")]
@@ -89,13 +88,8 @@ class Study:
             "held_out": build.held_out.digest,
             "constants": CONSTANTS,
         }
-        of = json.loads(json.dumps(of))
-        file = RESULTS / f"{part}-{'-'.join(which)}.json"
-        if file.is_file() and json.loads(file.read_bytes())["of"] == of:
-            return
-        kept = {"of": of, "machine": machine(), "value": getattr(self, part)(which)}
-        write_atomically(file, (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode())
-        self.reporter.note("part", f"{' '.join(which)}: {part} is done")
+        if keep_part(RESULTS, part, which, of, lambda: getattr(self, part)(which)):
+            self.reporter.note("part", f"{' '.join(which)}: {part} is done")
 
     def score(self, which, systems):
         """The evaluation of systems, the first of which is of reserved rows, each in its own prompt."""
@@ -263,15 +257,11 @@ def sizes(main, sizes):
 def start(start):
     lines = [
         (named(which), key.replace(" ", ", seed "), f"{each['base']:.3f}", f"{each['from text']:.3f}",
-         f"{each['from themselves']:.3f}", interval_of(each["text minus themselves"]))
+         f"{each['from themselves']:.3f}", difference("loss", Difference(**each["text minus themselves"])))
         for which, of in start.items() for key, each in of.items()
     ]  # fmt: skip
     head = ("", "prompt", "base", "from the instruction's rows", "from the reserved rows", "the first minus the second")
     return markdown_table(head, lines)
-
-
-def interval_of(found):
-    return f"{found['value']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
 
 
 @table
@@ -280,7 +270,7 @@ def others(others):
     names = list(next(iter(found.values())))
     lines = [
         (named(which), f"{of['base']:.3f}",
-         *(f"{of[name]['difference']:+.3f} ({of[name]['low']:+.3f} to {of[name]['high']:+.3f})" for name in names[1:]))
+         *(from_base("loss", Figure(**of[name])) for name in names[1:]))
         for which, of in found.items()
     ]  # fmt: skip
     return markdown_table(("the prompt of", *names), lines)
@@ -295,11 +285,6 @@ def setting(kept):
     """What everything was measured with, and what is not measured yet."""
     each = [one for of in kept.values() for one in of.values()]
     config, cpu = each[0]["of"]["config"], each[0]["machine"]
-    missing = [
-        f"{part} ({', '.join(left)})"
-        for part, wanted in WANTED.items()
-        if (left := [named("-".join(which)) for which in wanted if "-".join(which) not in kept[part]])
-    ]
     notes = {
         f"- {named(which)}: {note}"
         for which, one in kept["main"].items()
@@ -312,8 +297,8 @@ def setting(kept):
         f"learning rates {config['embed_lr']} and {config['lr']} standard deviations of the table; greedy, at most "
         f"{NEW_TOKENS} new tokens. Machine: {cpu['cpu']}, {cpu['cores']} cores. Texts: "
         f"{', '.join(DOMAINS[domain] for domain in dict.fromkeys(domain for domain, _ in BUILDS))}.",
-        "", *sorted(notes), *(["", f"**Not measured yet:** {'; '.join(missing)}."] if missing else []),
-    ])  # fmt: skip
+        "", *sorted(notes),
+    ]).rstrip() + not_measured(kept, WANTED)  # fmt: skip
 
 
 def tables(kept):
@@ -331,9 +316,7 @@ def tables(kept):
 @click.option("--tables", "only_tables", is_flag=True, help="Write the tables of the kept results only.")
 def run_study(folder: Path, only_tables: bool) -> None:
     if not only_tables:
-        RESULTS.mkdir(exist_ok=True)
-        with RichReporter(console) as reporter:
-            Study(folder, reporter).make()
+        make(Study, folder, RESULTS)
     write_tables(DOCUMENT, RESULTS, tables(kept_results()))
 
 

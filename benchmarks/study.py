@@ -116,13 +116,8 @@ class Study:
             "texts": self.texts,
             "constants": CONSTANTS,
         }
-        of = json.loads(json.dumps(of))
-        file = RESULTS / f"{part}-{'-'.join(which)}.json"
-        if file.is_file() and json.loads(file.read_bytes())["of"] == of:
-            return
-        kept = {"of": of, "machine": machine(), "value": getattr(self, part)(build, self.patch(which))}
-        write_atomically(file, (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode())
-        self.reporter.note("part", f"{' '.join(which)}: {part} is done")
+        if keep_part(RESULTS, part, which, of, lambda: getattr(self, part)(build, self.patch(which))):
+            self.reporter.note("part", f"{' '.join(which)}: {part} is done")
 
     def patch(self, which):
         if which not in self.patches:
@@ -304,6 +299,17 @@ class Study:
         for part, wanted in WANTED.items():
             for which in wanted:
                 self.once(which, part)
+
+
+def keep_part(results: Path, part: str, which, of: dict, make) -> bool:
+    """Compute a part of a study, unless it is kept with the same settings; whether it was computed."""
+    of = json.loads(json.dumps(of))
+    file = results / f"{part}-{'-'.join(which)}.json"
+    if file.is_file() and json.loads(file.read_bytes())["of"] == of:
+        return False
+    kept = {"of": of, "machine": machine(), "value": make()}
+    write_atomically(file, (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode())
+    return True
 
 
 def named(which: str) -> str:
@@ -588,22 +594,27 @@ def notes(parts: dict[str, dict]) -> list[str]:
     ]
 
 
+def not_measured(kept: dict[str, dict[str, dict]], wanted: dict[str, list]) -> str:
+    """What is not measured yet, as a paragraph; empty where nothing is missing."""
+    missing = [
+        f"{part} ({', '.join(left)})"
+        for part, builds in wanted.items()
+        if (left := [named("-".join(which)) for which in builds if "-".join(which) not in kept[part]])
+    ]
+    return f"\n\n**Not measured yet:** {'; '.join(missing)}." if missing else ""
+
+
 def setting(kept: dict[str, dict[str, dict]]) -> str:
     """What everything was measured with, and what is not measured yet."""
     each = [one for of in kept.values() for one in of.values()]
     config, cpu = each[0]["of"]["config"], each[0]["machine"]
-    missing = [
-        f"{part} ({', '.join(left)})"
-        for part, wanted in WANTED.items()
-        if (left := [named("-".join(which)) for which in wanted if "-".join(which) not in kept[part]])
-    ]
     return (
         f"{PAIRS} held-out sentences of each; {ROWS} rows; {config['embed_steps']} steps of embedding tuning and "
         f"{config['steps']} of partial tuning, batch {config['batch_size']}, learning rates {config['embed_lr']} and "
         f"{config['lr']} standard deviations of the table; greedy, at most {NEW_TOKENS} new tokens. "
         f"Machine: {cpu['cpu']}, {cpu['cores']} cores."
         + "\n".join(["\n", *(f"- {note}" for note in notes(values(kept)))])
-        + (f"\n\n**Not measured yet:** {'; '.join(missing)}." if missing else "")
+        + not_measured(kept, WANTED)
     )
 
 
@@ -635,6 +646,12 @@ def fill(document: str, parts: dict[str, str]) -> str:
     return document
 
 
+def make(study: type, folder: Path, results: Path) -> None:
+    results.mkdir(exist_ok=True)
+    with RichReporter(console) as reporter:
+        study(folder, reporter).make()
+
+
 def write_tables(document: Path, results: Path, parts: dict[str, str]) -> None:
     write_atomically(document, fill(document.read_text(encoding="utf-8"), parts).encode())
     console.print(f"Wrote {results} and the tables of {document}.")
@@ -645,9 +662,7 @@ def write_tables(document: Path, results: Path, parts: dict[str, str]) -> None:
 @click.option("--tables", "only_tables", is_flag=True, help="Write the tables of the kept results only.")
 def run_study(folder: Path, only_tables: bool) -> None:
     if not only_tables:
-        RESULTS.mkdir(exist_ok=True)
-        with RichReporter(console) as reporter:
-            Study(folder, reporter).make()
+        make(Study, folder, RESULTS)
     write_tables(DOCUMENT, RESULTS, tables(kept_results(), json.loads(DAMPING.read_bytes())))
 
 

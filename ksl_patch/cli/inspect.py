@@ -29,7 +29,7 @@ def inspect(reference: str, rows: int, base: str | None, as_json: bool) -> None:
 
     patch, loaded, _ = resolve(reference)
     size = patch.stat().st_size
-    outside, elsewhere = (None, None) if base is None else _with_base(loaded, base)
+    outside, elsewhere = (None, None) if base is None else with_base(loaded, base)
     if as_json:
         meta = dataclasses.asdict(loaded.meta)
         print(
@@ -44,23 +44,18 @@ def inspect(reference: str, rows: int, base: str | None, as_json: bool) -> None:
             click.echo(f"Note: {outside_in_words(row)}")
 
 
-def _with_base(patch: Patch, base: str) -> tuple[list[dict[str, Any]], Elsewhere]:
-    from ksl_patch.base import find_embedding
-    from ksl_patch.hf import load_base
+def with_base(patch: Patch, base: str, revision: str | None = None) -> tuple[list[dict[str, Any]], Elsewhere]:
+    """Rows of other norms than the base's (`Patch.outside`), and what the patch changes outside its template.
 
-    model, tokenizer = load_base(base, device="cpu")
-    patch.check(model, tokenizer)
-    return patch.outside(find_embedding(model)), checked_elsewhere(patch, tokenizer, model)
-
-
-def checked_elsewhere(patch: Patch, tokenizer: Any, model: Any) -> Elsewhere:
-    """What a patch changes outside its template, by the base's tokenizer.
-
-    Raises PatchError where it calls its tokens reserved and one is not.
+    Raises BaseMismatchError for another base, PatchError where the patch calls its tokens reserved and one is not.
     """
+    from ksl_patch.base import find_embedding
     from ksl_patch.errors import PatchError
     from ksl_patch.evidence.elsewhere import not_reserved, touched
+    from ksl_patch.hf import load_base
 
+    model, tokenizer = load_base(base, revision=revision, device="cpu")
+    patch.check(model, tokenizer)
     wrong = not_reserved(patch, tokenizer, model)
     if wrong and patch.meta.ticket and patch.meta.ticket.selection == "reserved":
         i, why = next(iter(wrong.items()))
@@ -68,7 +63,7 @@ def checked_elsewhere(patch: Patch, tokenizer: Any, model: Any) -> Elsewhere:
             f"the patch calls its tokens reserved, and {len(wrong)} of them are not in this base, so it changes other "
             f"text: token {i}: {why}."
         )
-    return touched(patch, tokenizer, model)
+    return patch.outside(find_embedding(model)), touched(patch, tokenizer, model)
 
 
 def outside_in_words(row: dict[str, Any]) -> str:

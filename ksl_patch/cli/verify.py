@@ -27,8 +27,7 @@ def verify(reference: str, base: str | None, revision: str | None, key: Path | N
     P is a file, a name or digest of the local store, or hf://ORG/REPO[@REV]/FILE. Exits with 0, or with 1
     and the reason.
     """
-    from ksl_patch.base import find_embedding
-    from ksl_patch.cli.inspect import checked_elsewhere, outside_in_words
+    from ksl_patch.cli.inspect import outside_in_words, with_base
     from ksl_patch.errors import BaseMismatchError, PatchError
     from ksl_patch.patch.wording import elsewhere_in_words
     from ksl_patch.store import sign
@@ -42,12 +41,7 @@ def verify(reference: str, base: str | None, revision: str | None, key: Path | N
         if key is not None:
             sign.verify(patch, sign.PublicKey.load(key))
         if base is not None:
-            from ksl_patch.hf import load_base
-
-            model, tokenizer = load_base(base, revision=revision, device="cpu")
-            loaded.check(model, tokenizer)
-            outside = loaded.outside(find_embedding(model))
-            elsewhere = checked_elsewhere(loaded, tokenizer, model)
+            outside, elsewhere = with_base(loaded, base, revision)
     except (PatchError, BaseMismatchError) as error:
         reason = str(error)
     if as_json:

@@ -55,13 +55,13 @@ def evaluate(
     max_new_tokens = max_new_tokens or token_limit(held_out)
 
     prompts, end = prompts or {}, end_token_id(model, tokenizer)
+    pairs = held_out.pairs
+    asked = {name: encode(prompt, pairs, tokenizer, end, _ANY_LENGTH) for name, prompt in prompts.items()}
 
     def of(patch: Patch | None, name: str) -> Outputs:
-        other = name in prompts and prompts[name] != held_out.template
-        pairs = encode(prompts[name], held_out.pairs, tokenizer, end, _ANY_LENGTH) if other else held_out
         return outputs_of(
-            model, tokenizer, pairs, patch, max_new_tokens=max_new_tokens, cache=cache, reporter=reporter,
-            stage=f"answers: {SYSTEMS.get(name, name)}",
+            model, tokenizer, asked.get(name, held_out), patch, max_new_tokens=max_new_tokens, cache=cache,
+            reporter=reporter, stage=f"answers: {SYSTEMS.get(name, name)}",
         )  # fmt: skip
 
     base = of(None, "base")

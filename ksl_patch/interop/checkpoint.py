@@ -24,6 +24,7 @@ from ksl_patch.base.model_id import public_id
 from ksl_patch.base.tensors import dtype_name
 from ksl_patch.errors import PatchError
 from ksl_patch.patch import Patch
+from ksl_patch.patch.wording import fenced
 
 SHARD = "5GB"
 _TERMS = re.compile(r"(licen[cs]e|notice|copying|use_policy|.*terms)[\w.-]*?(\.txt|\.md|\.html|\.pdf)?", re.IGNORECASE)
@@ -198,10 +199,9 @@ def _section(patch: Patch) -> str:
     ]
     lines = [f"- {name}: {value if name == 'digest' else _line(str(value))}" for name, value in facts if value]
     prompt = json.dumps(meta.template.text, ensure_ascii=False) if meta.template else "none is known"
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", prompt)), default=0))
     return (
         f"## {meta.name}\n\n" + "\n".join(lines) + "\n\nIts prompt, as a JSON string (`ksl_patch.json` has all of its "
-        f"template):\n\n{fence}json\n{prompt}\n{fence}"
+        f"template):\n\n{fenced(prompt, 'json')}"
     )
 
 

@@ -144,6 +144,13 @@ def signed(metric: str, value: float) -> str:
     return show(metric, value, "+")
 
 
+def fenced(text: str, kind: str = "text") -> str:
+    """A code block of Markdown that its text cannot end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{kind}\n{text}\n{fence}"
+
+
 def level_of(found: list[float]) -> str:
     """The level of intervals in words: "95%", "90% and 95%"."""
     return " and ".join(f"{100 * level:.10g}%" for level in sorted(set(found)))

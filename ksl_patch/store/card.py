@@ -11,7 +11,7 @@ from ksl_patch.errors import HubError, PatchError
 from ksl_patch.patch import Patch
 from ksl_patch.patch.evaluation import Evaluation, Figure, read
 from ksl_patch.patch.file import SUFFIX
-from ksl_patch.patch.wording import against, known_elsewhere, level_of, of_seeds, where_from, with_interval
+from ksl_patch.patch.wording import against, fenced, known_elsewhere, level_of, of_seeds, where_from, with_interval
 
 CARD = "README.md"
 _TAGS = ("embedding-patch", "ks-lottery")
@@ -104,11 +104,11 @@ def _section(patch: Patch, repo: str, file: str, base: str) -> str:
     parts = [f"## {name}", markdown_table(("", ""), [(key, value) for key, value in facts.items() if value])]
     if meta.template is not None:
         parts.append(
-            f"It was trained with this prompt, and its effect may depend on it:\n\n{_fence(meta.template.text)}"
+            f"It was trained with this prompt, and its effect may depend on it:\n\n{fenced(meta.template.text)}"
         )
     if meta.tokens:
         more = f"\n... and {len(meta.tokens) - _TOKENS} more" if len(meta.tokens) > _TOKENS else ""
-        parts.append("Its tokens:\n\n" + _fence(" ".join(repr(token) for token in meta.tokens[:_TOKENS]) + more))
+        parts.append("Its tokens:\n\n" + fenced(" ".join(repr(token) for token in meta.tokens[:_TOKENS]) + more))
     if figures := _figures(meta.evaluation):
         parts.append(f"### Evaluation\n\n{figures}")
     parts.append(
@@ -171,13 +171,6 @@ def markdown_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     cells = [[" ".join(str(cell).replace("|", "\\|").split("\n")) for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
-
-
-def _fence(text: str) -> str:
-    """A code block that its text cannot end."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
 
 
 def _with(known: Any, *more: str | None) -> list[str]:
