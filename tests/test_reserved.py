@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 
 from ksl_patch.base import find_embedding
 from ksl_patch.base.reserved import ReservedTokens, names_in
-from ksl_patch.data.templates import make_template, without
+from ksl_patch.data.templates import make_template
 from ksl_patch.errors import BaseMismatchError, RunError
 from ksl_patch.evidence.elsewhere import sample
 from ksl_patch.hf import attach, load_base, prompt_ids
@@ -152,9 +152,8 @@ def test_where_they_stand(tokenizer, kind, text):
     )  # fmt: skip
     assert made.text == text
     assert made.fields is None
-    stripped = without(made, [NAME.format(i) for i in (0, 2, 4)]).text
-    assert "reserved" not in stripped
-    assert stripped.count("{source}") == 1
+    assert "reserved" not in made.unpatched
+    assert made.unpatched.count("{source}") == 1
 
 
 @pytest.mark.parametrize(
@@ -166,7 +165,10 @@ def test_without_them_no_space_of_theirs_stays(tokenizer, text, plain):
     """An answer after a space is cut into other tokens, and the base would look worse than it is."""
     own = [NAME.format(0), NAME.format(2)]
     made = make_template(f"{{source}}\n{text}", source_language="en", language="es", tokenizer=tokenizer, reserved=own)
-    assert without(made, own).text == f"{{source}}\n{plain}"
+    assert made.of_base().text == f"{{source}}\n{plain}"
+    kind = f"{{source}}\n{text}".replace("{reserved}", "".join(own))
+    named = make_template(kind, source_language="en", language="es", tokenizer=tokenizer, named=own)
+    assert named == made
 
 
 def test_in_a_chat_they_are_in_the_user_s_turn(reserved_tokenizer):
@@ -670,3 +672,137 @@ def test_rows_of_prompts_alone_act_on_other_texts_as_on_prompts(folder):
     }
     assert losses["prompt"] == losses["all"]
     assert losses["all"] != measured(model, tokenizer, None)["losses"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "system", "unpatched"),
+    [("soft", None, PLAIN), ("<|reserved_special_token_1|>{reserved}{source}</s>", None, PLAIN),
+     ("{context}\\n{reserved}{source}", None, "{context}\n" + PLAIN),
+     ("chat", "{reserved}", f"<|user|>\n{PLAIN.partition(chr(10))[0]}\n{{source}}</s>\n<|assistant|>\n"),
+     ("chat", "{reserved} Be brief.", "<|system|>\nBe brief.</s>\n<|user|>\nTranslate this sentence from English to "
+      "Spanish.\n{source}</s>\n<|assistant|>\n")],
+)  # fmt: skip
+def test_what_the_base_alone_is_asked(reserved_tokenizer, kind, system, unpatched):
+    """Without words of the template's own, marks of the tokenizer's are none; no turn of a chat is left empty."""
+    made = make_template(
+        kind, source_language="en", language="es", tokenizer=reserved_tokenizer, system=system,
+        reserved=[NAME.format(i) for i in (5, 6)],
+    )  # fmt: skip
+    assert made.of_base().text == made.unpatched == unpatched
+    assert made.of_base().of_base() == made.of_base()
+    assert made.of_base().fields == made.fields
+
+
+def test_the_base_and_the_controls_get_the_same_pairs_however_long_their_prompt_is(tmp_path, folder, pairs_file):
+    """`soft` is shorter than the plain prompt, by which no pair is left out then."""
+    whole = built(tmp_path, folder, pairs_file, template="soft")
+    lengths = [len(example.prompt) + len(example.answer) - 4 for example in whole.dev.examples]
+    build = built(tmp_path, folder, pairs_file, template="soft", max_length=max(lengths))
+    assert build.of_base(build.dev).pairs == build.dev.pairs
+    control = build.selecting("frequency", 4)
+    assert (control.train.pairs, control.dev.pairs) == (build.train.pairs, build.dev.pairs)
+    assert control.held_out.pairs == build.held_out.pairs
+    assert control.template.text == PLAIN
+    back = control.selecting("reserved", 4)
+    assert (back.reserved_ids, back.train.pairs) == (FREE[:4], build.train.pairs)
+    assert build.patch().meta.evaluation["pairs"] == len(build.dev)
+
+
+def test_rows_named_by_hand_are_compared_without_them_too(tmp_path, folder, pairs_file):
+    own = names(400, 404)
+    build = built(
+        tmp_path, folder, pairs_file, selection="ks", rows=(400, 404, 10), template=f"{own} Say: {{source}} ="
+    )
+    assert build.reserved_ids == [400, 404]
+    assert build.template.of_base().text == "Say: {source} ="
+    assert build.selecting("frequency", 3).template.text == "Say: {source} ="
+    with pytest.raises(RunError, match="the template names"):
+        build.selecting("reserved", 3)
+
+
+def test_alone_and_with_the_run_folder_the_base_has_one_prompt(tmp_path, folder, pairs_file):
+    file, test = tmp_path / "es.safetensors", tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps({"source": f"{s} Now.", "target": t}) + "\n" for s, t in PAIRS[:4]))
+    common = ("--no-save", "--json", "--max-new-tokens", 4, "--controls", "none", "--test", test)
+    code, _, err = run_cli(
+        "build", "--base", folder, "--pairs", pairs_file, "--language", "es", "--dev", 2, "--held-out", 4, "--steps", 2,
+        "--batch-size", 2, "--top-k", 4, "--selection", "reserved", "--template", "soft", "-o", file, "-y",
+        "--resume", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, err
+    results = []
+    for more in (("--run", tmp_path / "run"), ("--alone", "--base", folder)):
+        code, out, err = run_cli("eval", file, *common, *more)
+        assert code == 0, err
+        results.append(json.loads(out))
+    assert results[0]["loss_base"] == results[1]["loss_base"]
+    for result in results:
+        assert any(f"{PLAIN!r}, has: base" in note for note in result["notes"])
+
+
+def test_a_base_that_gives_a_reserved_token_a_role_now_is_another(tmp_path, folder, pairs_file):
+    from ksl_patch.train.reopen import reopen
+
+    patch = built(tmp_path, folder, pairs_file).patch()
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    assert reopen(patch, tmp_path / "run", base=str(moved)).reserved_ids == FREE[:4]
+    generation = json.loads((moved / "generation_config.json").read_text())
+    (moved / "generation_config.json").write_text(json.dumps(generation | {"bad_words_ids": [[7, 404]]}))
+    with pytest.raises(RunError, match="does not take '<.reserved_special_token_4.>' for reserved.*a role"):
+        reopen(patch, tmp_path / "run", base=str(moved))
+
+
+@pytest.mark.parametrize("moved", ["unknown", "around", "nested", "stops"])
+def test_roles_that_nothing_declares(tmp_path, reserved_tokenizer, moved):
+    from tokenizers.processors import TemplateProcessing
+
+    state = json.loads(reserved_tokenizer.backend_tokenizer.to_str())
+    if moved == "unknown":
+        state["model"]["unk_token"] = NAME.format(0)
+        state["model"]["vocab"][NAME.format(0)] = 400
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=type(reserved_tokenizer.backend_tokenizer).from_str(json.dumps(state)),
+        bos_token="<s>", eos_token="</s>", pad_token=NAME.format(1),
+    )  # fmt: skip
+    model = tiny_llama(vocab_size=416)
+    if moved == "around":
+        made.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{NAME.format(0)} $A", special_tokens=[(NAME.format(0), 400)]
+        )
+    elif moved == "nested":
+        model.config.vision = [{"image_start_id": 400}]
+    elif moved == "stops":
+        model.generation_config.stop_strings = ["\n", NAME.format(0)]
+    assert "role" in ReservedTokens(made, model).why_not(400)
+    assert ReservedTokens(made, model).why_not(402) is None
+
+
+def test_a_column_that_reads_like_a_reserved_name_is_a_column(tmp_path, folder):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(
+        "".join(json.dumps({"source": s, "target": t, "extra_1": "(special2) " + s[:5]}) + "\n" for s, t in PAIRS)
+    )
+    build = built(tmp_path, folder, file, template="{extra_1} (special2) {reserved}{source} =")
+    assert (build.template.fields, build.reserved_ids) == (["extra_1"], FREE[:4])
+
+
+def test_a_merged_patch_that_would_not_be_reached_is_refused(folder):
+    from ksl_patch.merge import merge
+
+    merged = merge(some(folder, "a", [400]), some(folder, "b", [404]), name="both")
+    model, tokenizer = load_base(str(folder), device="cpu")
+    merged.check(model, tokenizer)
+    tokenizer.split_special_tokens = True
+    with pytest.raises(BaseMismatchError, match="would never be reached"):
+        merged.check(model, tokenizer)
+
+
+def test_nothing_is_harmless_that_gave_another_answer(folder, patch):
+    from ksl_patch.evidence.elsewhere import elsewhere_in, elsewhere_of
+
+    model, tokenizer = load_base(str(folder), device="cpu")
+    base = elsewhere_of(model, tokenizer, None)
+    assert elsewhere_in(model, tokenizer, patch, base).reserved
+    base["losses"][3] += 1e-6
+    assert elsewhere_in(model, tokenizer, patch, base).reserved is False

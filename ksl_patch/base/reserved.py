@@ -15,11 +15,9 @@ from ksl_patch.base.table import find_embedding
 
 # <unused5> [unused5] <|reserved_special_token_7|> <reserved_106> <|extra_3|> <|EXTRA_3_TOKEN|> <SPECIAL_12> <|dummy_7|>
 # <|placeholder1|> [UNUSED_TOKEN_146] >>UNUSED_119<< <｜place▁holder▁no▁799｜>; always with a number, between brackets.
-_NAME = re.compile(
-    r"(?:>>|[<\[{(])[|｜_]?(?:unused|reserved|extra|special|dummy|place.?holder)[\w.▁-]{0,40}?\d{1,9}\w{0,12}[|｜_]?(?:<<|[>\])}])",
-    re.IGNORECASE,
-)
-_ROLE = re.compile(r"token_(id|ids|index)$")
+_WORD = r"[|｜_]?(?:unused|reserved|extra|special|dummy|place.?holder)[\w.▁-]{0,40}?\d{1,9}\w{0,12}[|｜_]?"
+_NAME = re.compile("|".join((f">>{_WORD}<<", f"<{_WORD}>", rf"\[{_WORD}\]")), re.IGNORECASE)
+_ROLE = re.compile(r"(token_(id|ids|index)|_(start|end|begin)_id|suppress_tokens|(words|decoder)_ids)$")
 _AROUND = ("{0}", "a{0}b", " {0} ", "{0}{0}", "\n{0}\n", "1{0}.{0}")
 
 
@@ -47,6 +45,10 @@ class ReservedTokens:
         found = {self._by_name[name] for name in _NAME.findall(text) if name in self._by_name}
         return [i for i in sorted(found) if self.why_not(i) is None]
 
+    def named_in(self, texts: Iterable[str]) -> set[str]:
+        """What in texts is such a token's name in this vocabulary, in lower case."""
+        return names_in(texts) & {name.lower() for name in self._by_name}
+
     def name(self, token_id: int) -> str:
         """What a text writes for a token."""
         return str(self._tokenizer.convert_ids_to_tokens(token_id) or "")
@@ -58,7 +60,7 @@ class ReservedTokens:
             return "its name does not say so"
         if self._rows is not None and token_id >= self._rows:
             return "the table has no row for it"
-        if token_id in self._roles:
+        if token_id in self._roles or name.lower() in self._stops:
             return "the base's configuration gives it a role"
         if name.lower() in self._in_chats:
             return "the chat template has it"
@@ -88,18 +90,34 @@ class ReservedTokens:
 
     @cached_property
     def _roles(self) -> set[int]:
-        """The ids that end or begin something, pad, or stand for a picture."""
+        """The ids that end or begin something, pad, stand for a picture or for what is unknown, or are put around."""
         named = [name for name in self._tokenizer.special_tokens_map.values() if isinstance(name, str)]
-        found = set(self._tokenizer.convert_tokens_to_ids(named)) - {None}
-        for config in (getattr(self._model, "config", None), getattr(self._model, "generation_config", None)):
-            if config is not None:
-                _collect(config.to_dict(), found)
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        unknown = getattr(backend and backend.model, "unk_token", None)  # which the tokenizer need not call so
+        found = set(self._tokenizer.convert_tokens_to_ids([*named, *([unknown] if unknown else [])])) - {None}
+        found.update(self._tokenizer("a").input_ids)
+        for config in self._configs:
+            found.update(_ids_of(config, of_role=False))
         return found
 
+    @cached_property
+    def _stops(self) -> set[str]:
+        """Names in what ends an answer, by the generation's own configuration."""
+        return names_in(str(config.get("stop_strings")) for config in self._configs)
 
-def _collect(config: dict[str, Any], found: set[int]) -> None:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            _collect(value, found)
-        elif _ROLE.search(str(key)):
-            found.update(i for i in (value if isinstance(value, list) else [value]) if type(i) is int)
+    @property
+    def _configs(self) -> list[dict[str, Any]]:
+        found = (getattr(self._model, "config", None), getattr(self._model, "generation_config", None))
+        return [config.to_dict() for config in found if config is not None]
+
+
+def _ids_of(value: Any, *, of_role: bool) -> Iterator[int]:
+    """The numbers in a configuration that stand under a key which names tokens, however deep."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from _ids_of(each, of_role=of_role or bool(_ROLE.search(str(key))))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _ids_of(each, of_role=of_role)
+    elif of_role and type(value) is int:
+        yield value

@@ -82,7 +82,7 @@ def eval(
             it.model, it.tokenizer, it.held_out, systems, it.reporter, max_new_tokens=max_new_tokens,
             cache=Cache.of(it.build) if it.build else None, part=it.part, uses=it.count_use(),
             source_language=it.build.config.source_language if it.build else None,
-            prompts=prompts_of(it.patch, it.build, systems, it.tokenizer),
+            prompts=prompts_of(it.patch, systems),
         )  # fmt: skip
         it.save(evaluation=write(result))
     if as_json:

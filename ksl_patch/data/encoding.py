@@ -62,8 +62,10 @@ class Encoded:
         return data_digest(self.pairs)
 
 
-def encode(template: TemplateMeta, pairs: Sequence[Pair], tokenizer: Any, end: int, max_length: int) -> Encoded:
-    """Token ids of each pair; pairs longer than `max_length` tokens are left out.
+def encode(
+    template: TemplateMeta, pairs: Sequence[Pair], tokenizer: Any, end: int, max_length: int | None = None
+) -> Encoded:
+    """Token ids of each pair; pairs longer than `max_length` tokens are left out, none for None.
 
     The prompt is tokenised exactly as it will be at generation; the answer is what follows it when prompt
     and target are tokenised together, wherever the tokenizer keeps the prompt's own tokens apart, and `end` unless
@@ -86,7 +88,7 @@ def encode(template: TemplateMeta, pairs: Sequence[Pair], tokenizer: Any, end: i
         apart = full[: len(prompt)] == prompt
         answer = full[len(prompt) :] if apart else tokenizer(gap + pair.target, add_special_tokens=False).input_ids
         example = Example(prompt, [*answer, end])
-        if len(example.prompt) + len(example.answer) <= max_length:
+        if max_length is None or len(example.prompt) + len(example.answer) <= max_length:
             kept.append(pair)
             examples.append(example)
     return Encoded(kept, examples, template)

@@ -26,6 +26,7 @@ def make_template(
     system: str | None = None,
     instruction: bool = True,
     reserved: Sequence[str] = (),
+    named: Sequence[str] = (),
 ) -> TemplateMeta:
     r"""The prompt template: "plain", "chat" (the model's own chat template), "soft", or a text with `{source}`.
 
@@ -34,23 +35,42 @@ def make_template(
     translation of the sentence; else the sentence is all that the user says.
     reserved: names of tokens that stand at `{reserved}`, or, where a template has none, before the prompt, in a chat
     before what its user says. `{reserved:N}` takes N of them for its place alone; "soft" has no words beside them.
+    named: those that the texts name themselves. With either, the template has a prompt without them too (`unpatched`):
+    of the same words or, where there are none, of the plain ones behind its columns.
     """
     source, target = language_name(source_language), language_name(language)
     if system is not None and "{source}" in system:
         raise RunError("the sentence goes into the user's message: remove {source} from the system prompt.")
-    fields = template_fields(kind, system) or None
-    if kind != "chat":
-        plain = f"Translate this sentence from {source} to {target}.\n{source}: {{source}}\n{target}:"
-        text = {"plain": plain, "soft": SOFT}.get(kind, kind.replace("\\n", "\n"))
-        if text.count("{source}") != 1:
-            raise RunError("a template of your own must contain '{source}' exactly once, where the sentence goes.")
-        return TemplateMeta(text=_placed([text], reserved)[0], chat=False, fields=fields)
+    fields, chat = template_fields(kind, system) or None, kind == "chat"
+    asked = f"Translate this sentence from {source} to {target}.\n"
+    plain = f"{asked}{source}: {{source}}\n{target}:"
+    if chat:
+        texts = [*([] if system is None else [system]), f"{asked if instruction else ''}{{source}}"]
+    else:
+        texts = [{"plain": plain, "soft": SOFT}.get(kind, kind)]
+    texts = [text.replace("\\n", "\n") for text in texts]
+    if texts[-1].count("{source}") != 1:
+        raise RunError("a template of your own must contain '{source}' exactly once, where the sentence goes.")
+
+    def made(texts: list[str]) -> TemplateMeta:
+        return _in_chat(texts, tokenizer, fields) if chat else TemplateMeta(text=texts[0], chat=False, fields=fields)
+
+    template = made(_placed(texts, reserved))
+    if not reserved and not named:
+        return template
+    bare = [_without(text, named) for text in texts]
+    if chat:
+        bare = [*(text for text in bare[:-1] if text.strip()), bare[-1]]
+    elif not _has_words(bare[0], tokenizer):
+        bare = ["".join(f"{{{name}}}\n" for name in fields or ()) + plain]
+    return replace(template, unpatched=made(bare).text)
+
+
+def _in_chat(texts: list[str], tokenizer: Any, fields: list[str] | None) -> TemplateMeta:
+    """The model's own chat template of a user's text, and of a system prompt before it."""
     if not getattr(tokenizer, "chat_template", None):
         raise RunError("this base has no chat template; use the plain template or a text of your own.")
-    asked = f"Translate this sentence from {source} to {target}.\n" if instruction else ""
-    *before_it, user = _placed(
-        [*([] if system is None else [system.replace("\\n", "\n")]), f"{asked}{{source}}"], reserved
-    )
+    *before_it, user = texts
     messages = [*({"role": "system", "content": text} for text in before_it), {"role": "user", "content": user}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -86,23 +106,22 @@ def template_fields(kind: str, system: str | None) -> list[str]:
     return fields
 
 
-def without(template: TemplateMeta, names: Sequence[str]) -> TemplateMeta:
-    """The template without the tokens of these names, and without the spaces that set them off."""
-    parts, text = "|".join(re.escape(name) for name in names if name), template.text
-    if not parts:
-        return template
+def _without(text: str, names: Sequence[str]) -> str:
+    """A text without the places of reserved tokens and those of these names, nor the spaces that set them off."""
+    parts = "|".join([r"\{reserved(?::[0-9]{1,4})?\}", *(re.escape(name) for name in names if name)])
 
     def gone(found: re.Match[str]) -> str:
         before, after = text[: found.start()][-1:], text[found.end() :][:1]
         between = before and after and not (before + after).isspace() and "\n" not in (before, after)
         return " " if between and found[0] != found[0].strip(" ") else ""
 
-    return replace(template, text=re.sub(f" *(?:(?:{parts}) *)+", gone, text))
+    return re.sub(f" *(?:(?:{parts}) *)+", gone, text)
 
 
-def has_words(template: TemplateMeta) -> bool:
-    """Whether anything but what is filled in tells a model what to do."""
-    return any(letter.isalpha() for text in template.pieces()[::2] for letter in text)
+def _has_words(text: str, tokenizer: Any) -> bool:
+    """Whether a text, beside what is filled in and the tokenizer's own marks, tells a model what to do."""
+    marks = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
+    return any(map(str.isalpha, re.sub("|".join([r"\{[A-Za-z_][A-Za-z0-9_]*\}", *marks]), "", text)))
 
 
 def _placed(texts: list[str], names: Sequence[str]) -> list[str]:

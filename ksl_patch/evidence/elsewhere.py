@@ -112,9 +112,11 @@ def elsewhere_in(
 ) -> Elsewhere:  # fmt: skip
     """What a patch does outside its template. base: what `elsewhere_of` found of the base."""
     own, counted = elsewhere_of(model, tokenizer, patch, cache, reporter), touched(patch, tokenizer, model)
+    equal = sum(a == b for a, b in zip(own["losses"], base["losses"], strict=True))
     return replace(
         counted,
-        equal=sum(a == b for a, b in zip(own["losses"], base["losses"], strict=True)),
+        reserved=counted.reserved and (equal, own["outputs"]) == (counted.languages, base["outputs"]),
+        equal=equal,
         loss_base=_loss(base),
         loss_patch=_loss(own),
         prompts=len(PROMPTS),

@@ -20,7 +20,6 @@ from ksl_patch.patch.evaluation import SYSTEMS, Evaluation, Occurrence, Sample, 
 from ksl_patch.train.build import Build
 from ksl_patch.train.progress import Reporter
 
-_ANY_LENGTH = 2**20
 _SAMPLES = 6
 _SAMPLE_CHARACTERS = 600  # the text of a model that does not stop is long
 
@@ -56,7 +55,7 @@ def evaluate(
 
     prompts, end = prompts or {}, end_token_id(model, tokenizer)
     pairs = held_out.pairs
-    asked = {name: encode(prompt, pairs, tokenizer, end, _ANY_LENGTH) for name, prompt in prompts.items()}
+    asked = {name: encode(prompt, pairs, tokenizer, end) for name, prompt in prompts.items()}
 
     def of(patch: Patch | None, name: str) -> Outputs:
         return outputs_of(
@@ -253,6 +252,6 @@ def encode_test(
         return build.encode(kept, "test")
     if patch.meta.template is None:
         raise RunError("the patch names no prompt template, so there is nothing to put the sentences into.")
-    encoded = encode(patch.meta.template, kept, tokenizer, end_token_id(model, tokenizer), _ANY_LENGTH)
+    encoded = encode(patch.meta.template, kept, tokenizer, end_token_id(model, tokenizer))
     check_ids((e.prompt + e.answer for e in encoded.examples), patch.meta.base.vocab_size)
     return encoded

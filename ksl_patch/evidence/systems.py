@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from ksl_patch.base.reserved import ReservedTokens
-from ksl_patch.data.templates import without
 from ksl_patch.errors import RunError
 from ksl_patch.patch import Patch, TemplateMeta
 from ksl_patch.patch.evaluation import CONTROLS
 from ksl_patch.ticket import Selection
 from ksl_patch.train.build import Build
-from ksl_patch.train.reserved import unreserved
 
 
 def noise_patch(patch: Patch, seed: int) -> Patch:
@@ -26,22 +22,15 @@ def noise_patch(patch: Patch, seed: int) -> Patch:
     return replace(patch, rows=(base + direction * length).to(patch.rows.dtype), output_rows=None)
 
 
-def prompts_of(
-    patch: Patch, build: Build | None, systems: dict[str, dict[int, Patch]], tokenizer: Any
-) -> dict[str, TemplateMeta]:
+def prompts_of(patch: Patch, systems: dict[str, dict[int, Patch]]) -> dict[str, TemplateMeta]:
     """The prompt of each system that answers another one than the patch: with reserved tokens, or without any.
 
-    The base's is without, as who has no patch would ask it.
+    The base's is without, as somebody without the patch would ask it.
     """
     own = patch.meta.template
     if own is None:
         return {}
-    if build is not None:
-        base = unreserved(build) if build.reserved_ids else own
-    else:
-        reserved = ReservedTokens(tokenizer)
-        base = without(own, [reserved.name(i) for i in patch.token_ids.tolist() if not reserved.why_not(i)])
-    found = {"base": base}
+    found = {"base": own.of_base()}
     for name, patches in systems.items():
         template = next(iter(patches.values())).meta.template
         if template is not None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 from ksl_patch.base import BaseIdentity
+from ksl_patch.base.reserved import names_in
 from ksl_patch.base.tensors import FLOATS, dtype_name
-from ksl_patch.errors import PatchError
+from ksl_patch.errors import BaseMismatchError, PatchError
 from ksl_patch.patch.meta import PatchMeta
 from ksl_patch.patch.names import check_fields, check_language, check_name
 
@@ -69,7 +71,7 @@ def check_meta(meta: PatchMeta, token_ids: torch.Tensor, *, separate: bool) -> N
     if separate and meta.side != "input+output":
         raise PatchError("output_rows need side 'input+output', but the side is 'input'.")
     if meta.template is not None:
-        if meta.template.text.count("{source}") != 1:
+        if any(text.count("{source}") != 1 for text in (meta.template.text, meta.template.of_base().text)):
             raise PatchError("the template must contain '{source}' exactly once.")
         check_fields(meta.template.fields or ())
         end = meta.template.end_token_id
@@ -88,3 +90,24 @@ def check_meta(meta: PatchMeta, token_ids: torch.Tensor, *, separate: bool) -> N
         values = getattr(meta.ticket, name, None)
         if values is not None and len(values) != k:
             raise PatchError(f"the ticket has {len(values)} values of {name} for {k} token ids.")
+
+
+def check_reached(token_ids: torch.Tensor, meta: PatchMeta, tokenizer: Any) -> None:
+    """Raise BaseMismatchError where a prompt would not reach the rows of reserved tokens, by their names.
+
+    A tokenizer may be told to read such names as any text.
+    """
+    if meta.ticket is None and meta.origin is None:
+        return  # another tool's, whose prompts may be made of ids
+    template = meta.template.text if meta.template else ""
+    for token_id in token_ids.tolist():
+        name = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
+        if not name or not names_in([name]):
+            continue
+        text, where = (template, " in the patch's template") if name in template else (name, "")
+        found = tokenizer(text, add_special_tokens=False).input_ids
+        if found.count(token_id) != text.count(name):
+            raise BaseMismatchError(
+                f"this tokenizer does not read {name!r}{where} as token {token_id}, so its row would never be reached: "
+                "load it without split_special_tokens, as the base has it."
+            )

@@ -23,7 +23,7 @@ _MAX_HEADER = 16 * 2**20  # parsed JSON takes many times its text in memory
 # Fields that came later: a file without them has the bytes, and the checksum, that it always had.
 _LATER = {
     "base": ("body",),
-    "template": ("fields", "end_token_id", "before_answer"),
+    "template": ("fields", "end_token_id", "before_answer", "unpatched"),
     "training": ("pairs_read", "embed_pairs_read", "processes", "hyperparameters", "sources"),
 }
 

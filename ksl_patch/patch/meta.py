@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
@@ -26,6 +26,7 @@ class TemplateMeta:
     fields: what else is filled in, such as "context" for `{context}`; other braces are only text.
     end_token_id: what ends an answer, where it is not the tokenizer's own end of sequence: a chat's end of a turn.
     before_answer: white space that the chat template puts before an answer, and the model writes.
+    unpatched: the prompt's text for the base alone, without reserved tokens; None where that is `text`.
     """
 
     text: str
@@ -33,6 +34,11 @@ class TemplateMeta:
     fields: list[str] | None = None
     end_token_id: int | None = None
     before_answer: str | None = None
+    unpatched: str | None = None
+
+    def of_base(self) -> TemplateMeta:
+        """The template as somebody without the patch would have it, which a base is compared in."""
+        return self if self.unpatched is None else replace(self, text=self.unpatched, unpatched=None)
 
     def pieces(self) -> list[str]:
         """The text and, at every odd place, the name of what is filled in between: "source" or a field."""

@@ -22,7 +22,7 @@ from ksl_patch.base.model_digests import tokenizer_digest
 from ksl_patch.base.tensors import dtype_name, tensor_bytes
 from ksl_patch.errors import BaseMismatchError, OtherBodyWarning, OtherVocabularyWarning, PatchError
 from ksl_patch.patch import file
-from ksl_patch.patch.checks import check_ids, check_meta, check_tensors
+from ksl_patch.patch.checks import check_ids, check_meta, check_reached, check_tensors
 from ksl_patch.patch.meta import PatchMeta, Scope, Side, TemplateMeta, typed
 
 
@@ -149,7 +149,7 @@ class Patch:
         digest: its `tokenizer_digest`, where that is known. A tokenizer that is another elsewhere alone, for an added
         token, say, is good enough, and warned of with OtherVocabularyWarning.
         """
-        self._check_reserved(tokenizer)
+        check_reached(self.token_ids, self.meta, tokenizer)
         made_with, own = self.meta.base.tokenizer_digest, digest or tokenizer_digest(tokenizer)
         if made_with is None or own == made_with:
             return
@@ -170,22 +170,6 @@ class Patch:
             OtherVocabularyWarning,
             stacklevel=stacklevel,
         )
-
-    def _check_reserved(self, tokenizer: Any) -> None:
-        """Raise BaseMismatchError where a prompt would not reach the rows of reserved tokens.
-
-        A tokenizer may be told to read the names of such tokens as any text.
-        """
-        template, ticket, tokens = self.meta.template, self.meta.ticket, self.meta.tokens
-        if ticket is None or ticket.selection != "reserved" or template is None or tokens is None:
-            return
-        found = tokenizer(template.text, add_special_tokens=not template.chat).input_ids
-        for token_id, name in zip(self.token_ids.tolist(), tokens, strict=True):
-            if found.count(token_id) != template.text.count(name):
-                raise BaseMismatchError(
-                    f"this tokenizer does not read {name!r} in the patch's template as token {token_id}, so its row "
-                    "would never be reached: load it without split_special_tokens, as the base has it."
-                )
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

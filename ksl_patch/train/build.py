@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ksl_patch.data.encoding import Encoded, encode
+from ksl_patch.data.encoding import Encoded
 from ksl_patch.errors import RunError
-from ksl_patch.hf import attach, end_token_id
+from ksl_patch.hf import attach
 from ksl_patch.kstest import KSResult, ks_test
 from ksl_patch.overlay import slot_rows
-from ksl_patch.patch import Patch
+from ksl_patch.patch import Patch, TemplateMeta
 from ksl_patch.patch.evaluation import Evaluation, write
 from ksl_patch.patch.meta import timestamp
 from ksl_patch.terminal import counted
@@ -33,7 +33,7 @@ from ksl_patch.train.loss import token_loss
 from ksl_patch.train.material import Material
 from ksl_patch.train.progress import Reporter, SilentReporter, noting_warnings
 from ksl_patch.train.record import Record, keep, note_use, read_tests, write_record
-from ksl_patch.train.reserved import start_ids, start_rows, unreserved
+from ksl_patch.train.reserved import start_ids, start_rows
 from ksl_patch.train.single import single
 from ksl_patch.train.ticket_checks import given, report_weak_rows
 from ksl_patch.train.tune import TuneSettings, tune_rows
@@ -66,19 +66,26 @@ class Build(Material):
 
     def seeded(self, seed: int) -> Build:
         """The same build of the same pairs and held-out pairs, trained with another seed."""
-        config, template = replace(self.config, seed=seed), self.template
-        return Build(config, self.run, self.reporter, self.loaded, reopened=self.reopened, template=template)
+        return self._like(replace(self.config, seed=seed), self.template)
+
+    def _like(self, config: BuildConfig, template: TemplateMeta | None) -> Build:
+        """A build of the same pairs with other settings and, for None, a template made anew."""
+        return Build(config, self.run, self.reporter, self.loaded, reopened=self.reopened, template=template, like=self)
 
     def selecting(self, selection: Selection, k: int) -> Build:
         """The same pairs with k rows by another selection, in its own prompt: with reserved tokens, or without any.
 
-        Raises RunError where the base has too few reserved tokens.
+        Raises RunError where the base has too few reserved tokens, or no prompt for them that is this one otherwise.
         """
-        if (selection == "reserved") == bool(self.reserved_ids):
+        config, own = self.config, self.template.of_base()
+        wanted = selection == "reserved"
+        if wanted == (config.selection == "reserved" and not config.rows) and (wanted or own == self.template):
             return self
-        config = replace(self.config, selection=selection, rows=(), top_k=k, beside=(), mode="partial", side="input")
-        template = unreserved(self) if self.reserved_ids else None
-        return Build(config, self.run, self.reporter, self.loaded, reopened=self.reopened, template=template)
+        config = replace(config, selection=selection, rows=(), top_k=k, beside=(), mode="partial", side="input")
+        made = self._like(config, None if wanted else own)
+        if wanted and made.template.chat and made.template.of_base() != own:
+            raise RunError("the chat template gives another prompt now than the patch has, by its date, say.")
+        return made
 
     def patch_of(self, ticket: Ticket) -> Patch:
         """The patch of a ticket, trained (or transferred) as configured."""
@@ -194,7 +201,7 @@ class Build(Material):
         result = Evaluation(
             pairs=len(self.dev),
             data_digest=self.dev.digest,
-            loss_base=token_loss(self.model, self.unreserved(self.dev).examples),
+            loss_base=token_loss(self.model, self.of_base(self.dev).examples),
             loss_patch=self.patched_loss(patch),
             part="dev",
         )
@@ -208,13 +215,6 @@ class Build(Material):
             loss_patch=result.loss_patch,
         )
         return write(result)
-
-    def unreserved(self, pairs: Encoded) -> Encoded:
-        """Pairs in the prompt without reserved tokens, as who has no patch would ask the base."""
-        if not self.reserved_ids:
-            return pairs
-        template = unreserved(self)
-        return encode(template, pairs.pairs, self.tokenizer, end_token_id(self.model, self.tokenizer), self._longest)
 
     def patched_loss(self, patch: Patch, pairs: Encoded | None = None) -> float:
         """Loss per answer token of the model with the patch's stored rows, on the dev pairs by default."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +20,14 @@ from ksl_patch.data.encoding import Encoded, Example, check_ids, encode, token_c
 from ksl_patch.data.languages import check_languages
 from ksl_patch.data.pairs import Pair
 from ksl_patch.data.reading import Reading, read_pairs
-from ksl_patch.data.split import reading_order, split_pairs
+from ksl_patch.data.split import PairSplit, reading_order, split_pairs
 from ksl_patch.data.templates import make_template, template_fields
 from ksl_patch.errors import RunError
 from ksl_patch.hf import end_token_id, load_base
 from ksl_patch.patch import TemplateMeta
 from ksl_patch.patch.names import check_language, check_name
 from ksl_patch.terminal import counted
+from ksl_patch.ticket import given_ticket
 from ksl_patch.train import reserved
 from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.first_look import report_pairs, report_start
@@ -46,8 +46,12 @@ class Material:
     how many train together.
     Its arguments: loaded: the base, where it is at hand. reopened: where its patch was trained; stages that were
     finished there, or on another kind of machine, are used then. template: where it is known, since a chat template may
-    render otherwise today.
+    render otherwise today. like: whose pairs are taken, all of them, however long they are in another prompt.
     """
+
+    read: list[Pair]
+    pairs: PairSplit
+    _chats: bool
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class Material:
         *,
         reopened: Machine | None = None,
         template: TemplateMeta | None = None,
+        like: Material | None = None,
     ) -> None:
         check_name(config.name)
         check_language(config.language)
@@ -72,26 +77,10 @@ class Material:
         languages = config.source_language, config.language
         check_base_model(config.base_model)
         check_languages(*languages)
-        reading = Reading(strict=config.strict)
-        read = read_pairs(
-            config.pairs,
-            Columns(*config.columns, config.group, tuple(fields)),
-            languages=languages,
-            limit=None if config.max_pairs is None else 2 * (config.max_pairs + config.dev + config.held_out),
-            reading=reading,
-        )
-        self._chats = reading.messages
-        if self._chats and config.template != "chat":
-            raise RunError("the pairs are chats (messages), in the chat template's prompts: add --template chat.")
-        if reopened is None:
-            report_pairs(self, read, reading)
-        self.pairs = split_pairs(read, held_out=config.held_out, dev=config.dev, seed=config.data_seed)
-        for event, count, what in (
-            ("duplicates", self.pairs.duplicates, "whose source occurs before"),
-            ("unused", self.pairs.unused, "of documents or sources that are held out, beyond those that are measured"),
-        ):
-            if count:
-                reporter.note(event, f"left out: {counted(count, 'pair')} {what}", pairs=count)
+        if like is None:
+            self._read(Columns(*config.columns, config.group, tuple(fields)))
+        else:
+            self.read, self._chats, self.pairs = like.read, like._chats, like.pairs
         # Under a launcher each process has a device of its own.
         state = launched(config.device)
         device = config.device or str(state.device)
@@ -119,16 +108,43 @@ class Material:
         if config.side == "input+output" and not find_embedding(self.model).tied:
             raise RunError("side 'input+output' is for bases whose head is tied to the embedding; use 'input' here.")
         self.reserved = ReservedTokens(self.tokenizer, self.model)
-        self.template = template or self._made_template(read)
+        self.template = template or self._made_template()
         self._reserved_places = reserved.positions(self)
-        self._longest = config.max_length + self._reserved_places
-        self.train = self._training()
-        self.dev = self.encode(self.pairs.dev, "dev") if self.pairs.dev else Encoded([], [], self.template)
-        self.held_out = (
-            self.encode(self.pairs.held_out, "held-out") if self.pairs.held_out else Encoded([], [], self.template)
-        )
-        if reopened is None:
+        self._longest = config.max_length + self._reserved_places if like is None else None
+        if like is None:
+            self.train = self._training()
+            self.dev, self.held_out = (
+                self.encode(pairs, what) if pairs else Encoded([], [], self.template)
+                for what, pairs in (("dev", self.pairs.dev), ("held-out", self.pairs.held_out))
+            )
+        else:
+            parts = (like.train, like.dev, like.held_out)
+            self.train, self.dev, self.held_out = (self._encoded(part.pairs) for part in parts)
+        if reopened is None and like is None:
             report_start(self)
+
+    def _read(self, columns: Columns) -> None:
+        """Read the pairs, say which they are, and split them."""
+        config, reading = self.config, Reading(strict=self.config.strict)
+        self.read = read_pairs(
+            config.pairs,
+            columns,
+            languages=(config.source_language, config.language),
+            limit=None if config.max_pairs is None else 2 * (config.max_pairs + config.dev + config.held_out),
+            reading=reading,
+        )
+        self._chats = reading.messages
+        if self._chats and config.template != "chat":
+            raise RunError("the pairs are chats (messages), in the chat template's prompts: add --template chat.")
+        if self.reopened is None:
+            report_pairs(self, self.read, reading)
+        self.pairs = split_pairs(self.read, held_out=config.held_out, dev=config.dev, seed=config.data_seed)
+        for event, count, what in (
+            ("duplicates", self.pairs.duplicates, "whose source occurs before"),
+            ("unused", self.pairs.unused, "of documents or sources that are held out, beyond those that are measured"),
+        ):
+            if count:
+                self.reporter.note(event, f"left out: {counted(count, 'pair')} {what}", pairs=count)
 
     def _training(self) -> Encoded:
         """The training pairs as token ids, of those that are not too long the first `max_pairs`."""
@@ -196,17 +212,24 @@ class Material:
         """Steps of the tuning that gives the patch its rows."""
         return self.config.steps if self.config.mode == "partial" else self.config.embed_steps
 
-    def encode(self, pairs: list[Pair], what: str, template: TemplateMeta | None = None) -> Encoded:
-        """Pairs as token ids in a template, the build's own by default. Raises RunError when all are too long."""
-        encoded = self._encoded(pairs, template)
+    def encode(self, pairs: list[Pair], what: str) -> Encoded:
+        """Pairs as token ids in the template. Raises RunError when all are too long."""
+        encoded = self._encoded(pairs)
         self._check_length(pairs, encoded, what)
         return encoded
 
-    def _encoded(self, pairs: list[Pair], template: TemplateMeta | None = None) -> Encoded:
+    def of_base(self, pairs: Encoded) -> Encoded:
+        """The same pairs in the prompt of somebody without the patch, which a base is compared in."""
+        template = self.template.of_base()
+        if template == self.template:
+            return pairs
+        return encode(template, pairs.pairs, self.tokenizer, end_token_id(self.model, self.tokenizer))
+
+    def _encoded(self, pairs: list[Pair]) -> Encoded:
         end = end_token_id(self.model, self.tokenizer)
-        encoded = encode(template or self.template, pairs, self.tokenizer, end, self._longest)
+        encoded = encode(self.template, pairs, self.tokenizer, end, self._longest)
         check_ids((e.prompt + e.answer for e in encoded.examples), self.base.vocab_size)
-        if self.reserved_ids and template is None:
+        if self.reserved_ids:
             reserved.check_reached(self, encoded, self._reserved_places)
         return encoded
 
@@ -221,22 +244,28 @@ class Material:
                 pairs=dropped,
             )
 
-    @property
-    def _takes_reserved(self) -> bool:
-        return self.config.selection == "reserved" and not self.config.rows
-
     @cached_property
     def reserved_ids(self) -> list[int]:
-        """The reserved tokens of the template, whose rows are trained: ascending, none by another selection."""
-        return self.reserved.in_text(self.template.text) if self._takes_reserved else []
+        """The reserved tokens of the template whose rows are trained, ascending."""
+        if self.template.unpatched is None:
+            return []
+        given = self._given_reserved
+        return [i for i in self.reserved.in_text(self.template.text) if not self.config.rows or i in given]
 
-    def _made_template(self, read: Sequence[Pair]) -> TemplateMeta:
-        """The prompt template, as this run folder had it first: a chat template may hold the day's date.
+    @cached_property
+    def _given_reserved(self) -> list[int]:
+        """The reserved tokens among the rows that are named by hand."""
+        if not self.config.rows:
+            return []
+        ids = given_ticket(self.config.rows, self.tokenizer, self.base.vocab_size).token_ids.tolist()
+        return [i for i in ids if self.reserved.why_not(i) is None]
 
-        read: the pairs, whose texts may have a reserved token's name.
-        """
+    def _made_template(self) -> TemplateMeta:
+        """The prompt template, as this run folder had it first: a chat template may hold the day's date."""
         config = self.config
-        names = reserved.choose(self, read) if self._takes_reserved else []
+        names = reserved.choose(self) if config.selection == "reserved" and not config.rows else []
+        texts = config.template + (config.system or "")
+        named = [name for i in self._given_reserved if (name := self.reserved.name(i)) in texts]
         made = make_template(
             config.template,
             source_language=config.source_language,
@@ -245,12 +274,15 @@ class Material:
             system=config.system,
             instruction=not self._chats,
             reserved=names,
+            named=named,
         )
+        if names and [self.reserved.name(i) for i in self.reserved.in_text(made.text)] != names:
+            raise RunError("the prompt has other reserved tokens than were chosen: remove them from the template.")
         if not made.chat:
             return made
         key = [config.system, config.source_language, config.language, self.loaded.digest]
         key += ["chats"] if self._chats else []
-        key += names
+        key += [*names, *named]
         name = f"template-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
         try:
             return TemplateMeta(**self.folder.once(name, asdict(made)))

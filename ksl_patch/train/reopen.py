@@ -58,6 +58,13 @@ def reopen(patch: Patch, run: Path, reporter: Reporter | None = None, **changes:
             f"{config.base} has the rows of the base that this patch was trained on, and other weights beside them: "
             "give --base the one it was trained on, or measure the patch on this one with --alone."
         )
+    named = [i for i in patch.token_ids.tolist() if build.reserved.name(i) in build.template.text]
+    if build.template.unpatched is not None and build.reserved_ids != named:
+        token = next(i for i in named if i not in build.reserved_ids)
+        raise RunError(
+            f"{config.base} does not take {build.reserved.name(token)!r} for reserved, as the base that this patch was "
+            f"trained on did ({build.reserved.why_not(token)}): give --base that one."
+        )
     if build.examples_digest != record.examples:
         raise RunError(
             f"the tokenizer or the template of {config.base} cuts the training pairs into other tokens than when this "

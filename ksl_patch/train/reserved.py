@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -11,11 +10,9 @@ import torch
 from ksl_patch.base import find_embedding
 from ksl_patch.base.reserved import names_in
 from ksl_patch.data.encoding import Encoded
-from ksl_patch.data.pairs import Pair
-from ksl_patch.data.templates import has_words, make_template, without
+from ksl_patch.data.templates import make_template
 from ksl_patch.errors import RunError
 from ksl_patch.hf import prompt_ids
-from ksl_patch.patch import TemplateMeta
 from ksl_patch.store.references import load
 from ksl_patch.terminal import counted
 from ksl_patch.train.config import BuildConfig
@@ -38,19 +35,19 @@ def check_settings(config: BuildConfig) -> None:
         raise RunError("reserved rows are tuned alone: the selection 'reserved' has mode 'partial'.")
 
 
-def choose(of: Material, pairs: Sequence[Pair]) -> list[str]:
+def choose(of: Material) -> list[str]:
     """The names of `top_k` reserved tokens, those of the smallest ids that nothing else has.
 
     Neither the pairs, nor the patches that it is built beside, nor the template as it was given. Raises RunError where
     there are fewer, with how many there are.
     """
     config, reserved = of.config, of.reserved
-    if own := names_in([config.template, config.system or ""]):
+    if own := reserved.named_in([config.template, config.system or ""]):
         raise RunError(
             f"the template names {sorted(own)[0]} itself: {{reserved}} says where reserved tokens go, and which they "
             "are is chosen; or name the rows with --rows."
         )
-    texts = (text for pair in pairs for text in (pair.source, pair.target, *(value for _, value in pair.fields)))
+    texts = (text for pair in of.read for text in (pair.source, pair.target, *(value for _, value in pair.fields)))
     taken, others = names_in(texts), _beside(of)
     free = (i for i in reserved if i not in others and reserved.name(i).lower() not in taken)
     assert config.top_k is not None
@@ -108,29 +105,25 @@ def check_reached(of: Material, pairs: Encoded, each: int) -> None:
             )
 
 
-def unreserved(of: Material) -> TemplateMeta:
-    """The template without its reserved tokens; the plain one where it has no words beside them."""
-    template, config = without(of.template, [of.reserved.name(i) for i in of.reserved_ids]), of.config
-    if has_words(template):
-        return template
-    return make_template(
-        "plain", source_language=config.source_language, language=config.language, tokenizer=of.tokenizer
-    )
-
-
 def start_ids(of: Material, k: int) -> list[int] | None:
     """The tokens whose rows the training of k reserved rows starts from: the instruction's, over and over.
 
-    They are those of the template's own words, or, where it has none, of the plain one's. None to start from the
-    reserved rows as they are. After Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning" (2021).
+    They are those of the prompt that the base alone would have, the plain one's where that says nothing. None to start
+    from the reserved rows as they are. After Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning"
+    (2021).
     """
     if of.config.start == "base":
         return None
-    template, tokenizer = unreserved(of), of.tokenizer
-    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-    texts = prompt_ids(tokenizer, template.pieces()[::2], chat=True)
-    words = [i for ids in texts for i in ids if i not in special]
-    return [words[place % len(words)] for place in range(k)] if words else None
+    config, tokenizer = of.config, of.tokenizer
+    plain = make_template(
+        "plain", source_language=config.source_language, language=config.language, tokenizer=tokenizer
+    )
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    for template in (of.template.of_base(), plain):
+        texts = prompt_ids(tokenizer, template.pieces()[::2], chat=True)
+        if words := [i for ids in texts for i in ids if i not in marks]:
+            break
+    return [words[place % len(words)] for place in range(k)]
 
 
 def start_rows(of: Material, token_ids: torch.Tensor) -> torch.Tensor | None:
