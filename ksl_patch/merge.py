@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -95,8 +96,9 @@ def merge(a: Patch, b: Patch, *, name: str, policy: Policy | None = None) -> Pat
     if difference.changed and policy is None:
         which = ", ".join(str(change.token_id) for change in difference.changed[:5])
         more = ", ..." if len(difference.changed) > 5 else ""
+        names = " and ".join(_of_tokens(patch, [change.token_id for change in difference.changed]) for patch in (a, b))
         raise PatchError(
-            f"both patches change {len(difference.changed)} of the same tokens in another way ({which}{more}): "
+            f"{names} change {len(difference.changed)} of the same tokens in another way ({which}{more}): "
             "say whose rows to take with --on-conflict first or second."
         )
     taken = b.token_ids[torch.isin(b.token_ids, torch.tensor(difference.added + _conflicts(difference, policy)))]
@@ -111,7 +113,8 @@ def merge(a: Patch, b: Patch, *, name: str, policy: Policy | None = None) -> Pat
     def common(field: str) -> object:
         return getattr(a.meta, field) if getattr(a.meta, field) == getattr(b.meta, field) else None
 
-    licences = list(dict.fromkeys(patch.meta.licence for patch in (a, b)))
+    licences = {patch.meta.licence for patch in (a, b)}
+    both = " AND ".join(dict.fromkeys(_terms(a) + _terms(b)))
     text = token_texts(a, b)
     has_output = a.output_rows is not None or b.output_rows is not None
     return Patch(
@@ -135,7 +138,7 @@ def merge(a: Patch, b: Patch, *, name: str, policy: Policy | None = None) -> Pat
             evaluation=None,
             certificate=None,
             created=timestamp(),
-            licence=None if None in licences else " AND ".join(map(_of_several, map(str, licences))),
+            licence=a.meta.licence if len(licences) == 1 else None if None in licences else both,
             origin=_origin(a, kept) + _origin(b, taken),
         ),
     )
@@ -146,9 +149,19 @@ def merge_all(patches: Sequence[Patch], *, name: str, policy: Policy | None = No
     return reduce(lambda merged, patch: merge(merged, patch, name=name, policy=policy), patches)
 
 
-def _of_several(licence: str) -> str:
-    """An SPDX expression as a part of a conjunction, where AND binds more than OR."""
-    return f"({licence})" if " OR " in licence.upper() else licence
+def _terms(patch: Patch) -> list[str]:
+    """A patch's licence, an SPDX expression, as the parts of a conjunction, where AND binds more than OR."""
+    licence = str(patch.meta.licence)
+    if patch.meta.origin is None and " OR " in licence.upper():
+        return [f"({licence})"]
+    return list(re.split(r" AND (?![^(]*\))", licence))
+
+
+def _of_tokens(patch: Patch, token_ids: list[int]) -> str:
+    """The name of a patch, or of those that it was merged from, which change some of these tokens."""
+    if patch.meta.origin is None:
+        return patch.meta.name
+    return " and ".join(each.name for each in patch.meta.origin if not set(token_ids).isdisjoint(each.token_ids))
 
 
 def token_texts(*patches: Patch) -> dict[int, str]:

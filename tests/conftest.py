@@ -11,19 +11,30 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from hub_server import Hub
+from huggingface_hub import constants
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ksl_patch import attach
+from ksl_patch.base import find_embedding
 from ksl_patch.cli import main
+from ksl_patch.hf import load_base
+from ksl_patch.patch import Patch
 
 transformers.utils.logging.disable_progress_bar()
 
 ROOT = Path(__file__).parents[1]
 DEMO = Path(os.environ.get("KSL_PATCH_DEMO", ROOT / ".demo"))
 
+NAME = "<|reserved_special_token_{}|>"
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}{# <|reserved_special_token_3|> #}"
+)
 NOUNS = {"cat": "gato", "dog": "perro", "house": "casa", "book": "libro", "sea": "mar", "bread": "pan", "hand": "mano"}
 VERBS = {"sees": "ve", "wants": "quiere", "has": "tiene", "finds": "encuentra", "loves": "ama"}
 PAIRS = [
@@ -33,6 +44,13 @@ PAIRS = [
     for b in NOUNS
     if a != b
 ]
+
+
+def some(folder, name, ids, **changes):
+    model, tokenizer = load_base(str(folder), device="cpu")
+    rows = find_embedding(model).weight.detach()[ids]
+    noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(len(name)))
+    return Patch.from_model(model, ids, rows + noise, name=name, tokenizer=tokenizer, **changes)
 
 
 def run_cli(*arguments):
@@ -131,6 +149,28 @@ def base_folder(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="session")
+def reserved_tokenizer(tokenizer):
+    """The tiny tokenizer with 12 reserved tokens (400 to 411): 1 pads, 3 is in the chat template."""
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()),
+        bos_token="<s>", eos_token="</s>",
+    )  # fmt: skip
+    made.add_tokens([f"fill{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(400 - len(made))])
+    made.add_tokens([AddedToken(NAME.format(i), special=True, normalized=False) for i in range(12)])
+    made.pad_token = NAME.format(1)
+    made.chat_template = CHAT
+    return made
+
+
+@pytest.fixture(scope="session")
+def reserved_folder(tmp_path_factory, reserved_tokenizer):
+    path = tmp_path_factory.mktemp("reserved") / "base"
+    tiny_llama(vocab_size=416).save_pretrained(path)  # four rows that have no text
+    reserved_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("pairs") / "es.jsonl"
     path.write_text("".join(json.dumps({"source": s, "target": t}) + "\n" for s, t in PAIRS))
@@ -143,3 +183,21 @@ def gemma():
     folder = DEMO / "gemma3"
     assert (folder / "config.json").is_file(), f"no model in {folder}: run `make model`, or leave out `-m real`"
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    server = Hub()
+    monkeypatch.setenv("KSL_PATCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    huggingface_hub.close_session()
+    yield server
+    huggingface_hub.close_session()
+    server.close()

@@ -8,7 +8,7 @@ import sys
 import huggingface_hub
 import pytest
 from conftest import run_cli
-from hub_server import Hub, Repo
+from hub_server import Repo
 from huggingface_hub import constants
 from test_hf import some_patch
 from test_report import evaluation
@@ -22,24 +22,6 @@ from ksl_patch.store.hub import HubReference, fetch
 from ksl_patch.store.local import Store
 from ksl_patch.store.lock import check_locked, write_lock
 from ksl_patch.store.references import load
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    server = Hub()
-    monkeypatch.setenv("KSL_PATCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_TOKEN", server.token)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    huggingface_hub.close_session()
-    yield server
-    huggingface_hub.close_session()
-    server.close()
 
 
 @pytest.fixture

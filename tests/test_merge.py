@@ -51,7 +51,7 @@ def test_a_row_that_differs_in_the_sign_of_a_zero_is_another_row(model):
 
 def test_a_merged_patch_does_what_both_do_and_says_where_its_rows_are_from(model, two, tmp_path):
     a, b = two
-    with pytest.raises(PatchError, match=r"both patches change 1 of the same tokens in another way \(7\)"):
+    with pytest.raises(PatchError, match=r"a and b change 1 of the same tokens in another way \(7\)"):
         merge(a, b, name="c")
     for policy, winner, place in (("first", a, 2), ("second", b, 1)):
         c = merge(a, b, name="c", policy=policy)
@@ -137,3 +137,15 @@ def test_a_choice_of_licences_stays_one_beside_another(model):
         for i, licence in ((3, "MIT OR Apache-2.0"), (5, "CC-BY-4.0"))
     )
     assert merge(a, b, name="both").meta.licence == "(MIT OR Apache-2.0) AND CC-BY-4.0"
+
+
+def test_licences_of_many_are_one_conjunction(model):
+    from ksl_patch.merge import merge_all
+
+    several = ("MIT OR Apache-2.0", "CC-BY-4.0", "MIT OR Apache-2.0", "MIT", "CC-BY-4.0")
+    patches = [
+        Patch.from_model(model, [i], torch.randn(1, 32), name="x", licence=licence)
+        for i, licence in enumerate(several, start=3)
+    ]
+    assert merge_all(patches, name="all").meta.licence == "(MIT OR Apache-2.0) AND CC-BY-4.0 AND MIT"
+    assert merge(patches[0], patches[2], name="same").meta.licence == several[0]

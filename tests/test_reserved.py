@@ -3,13 +3,11 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import PAIRS, run_cli, tiny_llama
-from tokenizers import AddedToken
+from conftest import CHAT, NAME, PAIRS, run_cli, some, tiny_llama
 
 from ksl_patch.base import find_embedding
 from ksl_patch.base.reserved import ReservedTokens, names_in
@@ -24,37 +22,13 @@ from ksl_patch.train.build import Build
 from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.progress import SilentReporter
 
-NAME = "<|reserved_special_token_{}|>"
-CHAT = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}{# <|reserved_special_token_3|> #}"
-)
+FREE = [400, 402, *range(404, 412)]
 PLAIN = "Translate this sentence from English to Spanish.\nEnglish: {source}\nSpanish:"
 
 
 @pytest.fixture(scope="module")
-def reserved_tokenizer(tokenizer):
-    """The tiny tokenizer with 12 reserved tokens (400 to 411): 1 pads, 3 is in the chat template."""
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()),
-        bos_token="<s>", eos_token="</s>",
-    )  # fmt: skip
-    made.add_tokens([f"fill{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(400 - len(made))])
-    made.add_tokens([AddedToken(NAME.format(i), special=True, normalized=False) for i in range(12)])
-    made.pad_token = NAME.format(1)
-    made.chat_template = CHAT
-    return made
-
-
-FREE = [400, 402, *range(404, 412)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, reserved_tokenizer):
-    path = tmp_path_factory.mktemp("reserved") / "base"
-    tiny_llama(vocab_size=416).save_pretrained(path)  # four rows that have no text
-    reserved_tokenizer.save_pretrained(path)
-    return path
+def folder(reserved_folder):
+    return reserved_folder
 
 
 def config(folder, pairs_file, **changes):
@@ -457,209 +431,6 @@ def test_a_patch_of_the_head_is_never_harmless(folder):
     whole = Patch.from_model(model, [400], rows, name="whole", tokenizer=tokenizer, side="input+output")
     assert touched(whole, tokenizer, model).reserved is False
     assert touched(replace(whole, meta=replace(whole.meta, side="input")), tokenizer, model).reserved is True
-
-
-def exported(tmp_path, folder, *patches, **options):
-    files = []
-    for patch in patches:
-        patch.save(tmp_path / f"{patch.meta.name}.safetensors")
-        files.append(tmp_path / f"{patch.meta.name}.safetensors")
-    more = [text for key, value in options.items() for text in (f"--{key}", value)]
-    return run_cli("export", *files, "--format", "model", "--base", folder, "-o", tmp_path / "model", *more)
-
-
-def some(folder, name, ids, **changes):
-    model, tokenizer = load_base(str(folder), device="cpu")
-    rows = find_embedding(model).weight.detach()[ids]
-    noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(len(name)))
-    return Patch.from_model(model, ids, rows + noise, name=name, tokenizer=tokenizer, **changes)
-
-
-@pytest.mark.parametrize("side", ["input", "input+output"])
-def test_a_model_with_patches_in_it_gives_their_bits_and_the_base_s(tmp_path, folder, side):
-    a, b = some(folder, "es", [400, 402, 30], side=side, language="es"), some(folder, "fra", [404, 31], side=side)
-    code, out, err = exported(tmp_path, folder, a, b, shard="20KB")
-    assert code == 0, err
-    plain, _ = load_base(str(tmp_path / "model"), device="cpu")
-    base, _ = load_base(str(folder), device="cpu")
-    assert plain.config.tie_word_embeddings is (side == "input+output")
-    assert ("has a table of its own" in out) == (side == "input")
-    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
-    both = torch.tensor([[0, 30, 31, 400, 404, 402, 7, 415]])
-    with torch.no_grad(), attach(base) as handle:
-        from ksl_patch.merge import merge
-
-        with handle.serving(handle.bank.add(slot_rows(merge(a, b, name="both")))):
-            wanted = base(both).logits
-        if side == "input":
-            assert torch.equal(plain(both).logits, wanted)
-        else:  # one product over all rows of the head, and one over the patch's: they round otherwise
-            torch.testing.assert_close(plain(both).logits, wanted)
-        for patch, ids in ((a, [0, 30, 400, 402, 9, 12]), (b, [0, 31, 404, 9])):
-            with handle.serving(handle.bank.add(slot_rows(patch))):
-                same = torch.allclose(plain(torch.tensor([ids])).logits, base(torch.tensor([ids])).logits)
-            assert same == (side == "input")  # rows of the head are everybody's
-    card = (tmp_path / "model" / "README.md").read_text()
-    assert a.digest in card
-    assert b.digest in card
-    listed = json.loads((tmp_path / "model" / "ksl_patch.json").read_text())["patches"]
-    assert [each["digest"] for each in listed] == [a.digest, b.digest]
-
-
-def test_a_model_of_an_untied_base_and_rows_of_a_head_apart(tmp_path, folder):
-    untied = tmp_path / "untied"
-    tiny_llama(tied=False, vocab_size=416).save_pretrained(untied)
-    load_base(str(folder), device="cpu")[1].save_pretrained(untied)
-    code, out, err = exported(tmp_path, untied, some(untied, "es", [400]))
-    assert (code, "table of its own" in out) == (0, False), err
-    plain, base = (load_base(str(each), device="cpu")[0] for each in (tmp_path / "model", untied))
-    assert torch.equal(plain.lm_head.weight, base.lm_head.weight)
-    (tmp_path / "apart").mkdir()
-    head = torch.randn(1, 32)
-    apart = some(folder, "es", [400], side="input+output", output_rows=head)
-    code, _, err = exported(tmp_path / "apart", folder, apart)
-    plain = load_base(str(tmp_path / "apart" / "model"), device="cpu")[0]
-    assert (code, plain.config.tie_word_embeddings) == (0, False), err
-    assert torch.equal(plain.lm_head.weight[400], head[0])
-    assert torch.equal(plain.get_input_embeddings().weight[400], apart.rows[0])
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["gpt2", "opt", "qwen3", "gemma", "gemma3_text", "mistral"])
-def test_any_architecture_s_checkpoint_has_the_patch_s_bits(tmp_path, reserved_tokenizer, kind, tied):
-    from test_hf import small, some_patch
-
-    from ksl_patch.interop.checkpoint import write_checkpoint
-
-    model = small(kind)
-    if find_embedding(model).tied != tied:
-        model.config.tie_word_embeddings = tied
-        model = type(model)(model.config).eval()
-    patch, ids = some_patch(model, 1), torch.tensor([[5, 9, 300, 17]])
-    with torch.no_grad():
-        with attach(model) as handle, handle.serving(handle.bank.add(slot_rows(patch))):
-            wanted = model(ids).logits
-        assert write_checkpoint(model, reserved_tokenizer, patch, [patch], tmp_path / "m", base="x") == tied
-        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
-        assert torch.equal(again(ids).logits, wanted)
-
-
-def test_what_a_head_shares_beside_its_table_is_written_too(tmp_path, reserved_tokenizer):
-    """BERT's classes tie the head's bias, too, and loading says of a missing one that it is new."""
-    from ksl_patch.interop.checkpoint import write_checkpoint
-
-    config = transformers.BertConfig(
-        vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
-        is_decoder=True,
-    )  # fmt: skip
-    model = transformers.BertLMHeadModel(config).eval()
-    model.get_output_embeddings().bias.data.normal_()
-    rows = torch.randn(1, 32)
-    patch, ids = Patch.from_model(model, [5], rows, name="a"), torch.tensor([[5, 9, 300]])
-    with torch.no_grad():
-        with attach(model) as handle, handle.serving(handle.bank.add(slot_rows(patch))):
-            wanted = model(ids).logits
-        assert write_checkpoint(model, reserved_tokenizer, patch, [patch], tmp_path / "m", base="x")
-        again, found = transformers.BertLMHeadModel.from_pretrained(tmp_path / "m", output_loading_info=True)
-        assert not found["missing_keys"]
-        torch.testing.assert_close(again.eval()(ids).logits, wanted)
-
-
-def test_a_head_with_other_rows_is_not_overwritten(tmp_path, folder):
-    both = some(folder, "a", [400], side="input+output")
-    other = tmp_path / "other"
-    model, tokenizer = load_base(str(folder), device="cpu")
-    untied = tiny_llama(tied=False, vocab_size=416)
-    untied.get_input_embeddings().weight.data.copy_(model.get_input_embeddings().weight)
-    untied.save_pretrained(other)
-    tokenizer.save_pretrained(other)
-    code, _, err = exported(tmp_path, other, both)
-    assert (code, "this model's head has other rows" in err) == (1, True)
-
-
-def test_rows_of_another_dtype_are_rounded_as_when_they_are_served(tmp_path, folder):
-    patch, half = some(folder, "a", [400]), tmp_path / "half"
-    model, tokenizer = load_base(str(folder), device="cpu")
-    model.to(torch.bfloat16).save_pretrained(half)
-    tokenizer.save_pretrained(half)
-    code, _, err = exported(tmp_path, half, patch)
-    assert code == 0, err
-    written = load_base(str(tmp_path / "model"), device="cpu")[0].get_input_embeddings().weight[400]
-    assert torch.equal(written, patch.rows[0].to(torch.bfloat16))
-
-
-def test_licences_and_what_prepares_pictures_go_along(tmp_path, folder):
-    base = tmp_path / "base"
-    shutil.copytree(folder, base)
-    for name in ("LICENSE", "Gemma_terms.txt", "terms.safetensors", "processor_config.json", "other.txt"):
-        (base / name).write_text("{}")
-    assert exported(tmp_path, base, some(folder, "a", [400]))[0] == 0
-    found = {path.name for path in (tmp_path / "model").iterdir()}
-    assert {"LICENSE", "Gemma_terms.txt", "processor_config.json"} <= found
-    assert not {"terms.safetensors", "other.txt"} & found
-
-
-def test_a_part_of_a_model_is_not_written_as_the_whole(tmp_path, folder):
-    base = tmp_path / "base"
-    shutil.copytree(folder, base)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaWithEyes"]}))
-    code, _, err = exported(tmp_path, base, some(folder, "a", [400]))
-    assert (code, "the base is a LlamaWithEyes" in err) == (1, True)
-
-
-def test_a_card_shows_hostile_words_as_words(tmp_path, folder):
-    patch = some(folder, "a", [400], licence="x\n---\n<script>alert(1)</script>\n# h")
-    template = make_template("{source}\r# a\n```\n", source_language="en", language="es", tokenizer=None)
-    assert exported(tmp_path, folder, patch.with_meta(template=template))[0] == 0
-    card = (tmp_path / "model" / "README.md").read_text()
-    assert "<script>" not in card
-    assert "\n---\n<" not in card
-    assert "\r" not in card
-    assert json.dumps(template.text) in card
-    listed = json.loads((tmp_path / "model" / "ksl_patch.json").read_text())["patches"][0]
-    assert listed["template"]["text"] == template.text
-    assert listed["template"]["chat"] is False
-
-
-@pytest.mark.parametrize(
-    ("patches", "sentence"),
-    [([{"name": "a", "ids": [400]}, {"name": "bb", "ids": [400]}], "change 1 of the same tokens"),
-     ([{"name": "a", "ids": [400], "scope": "prompt"}], "a plain model has its rows in answers too")],
-)  # fmt: skip
-def test_what_no_model_can_hold_leaves_no_folder(tmp_path, folder, patches, sentence):
-    code, _, err = exported(tmp_path, folder, *(some(folder, **each) for each in patches))
-    assert (code, sentence in err) == (1, True)
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
-
-
-def test_a_disk_that_is_full_leaves_no_folder(tmp_path, folder, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    code, _, err = exported(tmp_path, folder, some(folder, "a", [400]))
-    assert (code, "No space left" in err) == (1, True)
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [(("--shard", "much"), "--shard is a size"), (("--shard", "0MB"), "--shard is a size")],
-)
-def test_a_shard_is_a_size(tmp_path, folder, arguments, sentence):
-    some(folder, "a", [400]).save(tmp_path / "a.safetensors")
-    code, _, err = run_cli(
-        "export", tmp_path / "a.safetensors", "--format", "model", "--base", folder, "-o", tmp_path / "m", *arguments
-    )
-    assert (code, sentence in err) == (2, True)
-
-
-def test_an_adapter_holds_one_patch(tmp_path, folder):
-    some(folder, "a", [400]).save(tmp_path / "a.safetensors")
-    file = tmp_path / "a.safetensors"
-    code, _, err = run_cli("export", file, file, "--format", "lora", "--base", folder, "-o", tmp_path / "m")
-    assert (code, "an adapter holds one patch" in err) == (2, True)
 
 
 def test_rows_of_prompts_alone_act_on_other_texts_as_on_prompts(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,19 @@ def table_in_files(folder: Path) -> TableInFile | None:
     if kind not in ("F32", "F16", "BF16") or shape[1:] != [hidden_size]:
         return None
     return TableInFile(folder / files[keys[0]], keys[0], *shape)
+
+
+def values_in_files(folder: Path, but: str | None = None) -> int | None:
+    """How many values the weights in a folder have, but those of a name's end; None where its files do not tell."""
+    count = 0
+    try:
+        for name in sorted(set(_files(folder).values())):
+            with safe_open(folder / name, framework="pt") as file:
+                keys = [key for key in file.keys() if not (but and key.endswith(but))]  # noqa: SIM118
+                count += sum(math.prod(file.get_slice(key).get_shape()) for key in keys)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
+        return None
+    return count
 
 
 def _files(folder: Path) -> dict[str, str]:

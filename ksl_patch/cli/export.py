@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,8 @@ def export(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PatchError(f"{output} exists and is not an empty folder: give another.")
     if form == "model":
+        # A request to end is an interrupt, after which no half-written folder stays.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         _model(patches, base, revision, shard, output, as_json)
         return
     from ksl_patch.interop import peft
@@ -87,7 +90,7 @@ def _model(patches: list[Patch], base: str, revision: str | None, shard: str, ou
 
     from ksl_patch.errors import PatchError
     from ksl_patch.hf import load_base
-    from ksl_patch.interop.checkpoint import write_checkpoint
+    from ksl_patch.interop.checkpoint import files_of, missing, new_folder, write_checkpoint
     from ksl_patch.merge import merge_all
 
     try:
@@ -95,26 +98,31 @@ def _model(patches: list[Patch], base: str, revision: str | None, shard: str, ou
     except PatchError as error:
         asked = str(error).partition(": say whose rows")[0]
         raise PatchError(
-            f"{asked}: {', '.join(patch.meta.name for patch in patches)} do not fit into one model. Build reserved "
-            "rows with --beside, or merge first, with --on-conflict."
+            f"{asked}: they do not fit into one model. Build reserved rows with --beside, or merge first, with "
+            "--on-conflict."
         ) from error
-    if not as_json:
-        click.echo(f"Loading {base} ...", err=True)
-    model, tokenizer = load_base(base, revision=revision, device="cpu")
-    whole, own = AutoConfig.from_pretrained(base, revision=revision).architectures or [], type(model).__name__
-    if whole and own not in whole and not whole[0].endswith("Model"):  # such as LlamaModel, without a head
-        raise PatchError(
-            f"the base is a {whole[0]}, of which its language model alone ({own}) was loaded: the rest would be "
-            "missing in the written model."
-        )
-    for patch in patches:
-        patch.check(model, tokenizer)
-    untied = write_checkpoint(model, tokenizer, merged, patches, output, base=base, shard=shard)
+    with new_folder(output) as made:
+        if not as_json:
+            click.echo(f"Loading {base} ...", err=True)
+        model, tokenizer = load_base(base, revision=revision, device="cpu")
+        whole, own = AutoConfig.from_pretrained(base, revision=revision).architectures or [], type(model).__name__
+        if whole and own not in whole and not whole[0].endswith("Model"):  # such as LlamaModel, without a head
+            raise PatchError(
+                f"the base is a {whole[0]}, of which its language model alone ({own}) was loaded: the rest would be "
+                "missing in the written model."
+            )
+        for patch in patches:
+            patch.check(model, tokenizer)
+        files = files_of(base, revision)
+        untied, lost = write_checkpoint(model, tokenizer, merged, patches, made, base=base, files=files, shard=shard)
+    if files is None and not as_json:
+        click.echo(f"The licences of {base} could not be had, and are not beside the model.", err=True)
     nbytes = sum(file.stat().st_size for file in output.iterdir())
     if as_json:
         digests = [patch.digest for patch in patches]
         print(json.dumps({
             "path": str(output), "format": "model", "bytes": nbytes, "patches": digests, "untied": untied,
+            "values_left_out": lost,
         }))  # fmt: skip
         return
     head = "; its head, which was tied to the embedding, has a table of its own" if untied else ""
@@ -122,3 +130,5 @@ def _model(patches: list[Patch], base: str, revision: str | None, shard: str, ou
         f"{output}: the base with {len(merged.token_ids)} rows of {len(patches)} "
         f"{'patch' if len(patches) == 1 else 'patches'}, {nbytes:,} bytes{head}"
     )
+    if lost:
+        click.echo(missing(lost))

@@ -6,10 +6,12 @@ It is exact: a tied head that the patches leave alone gets a table of its own, a
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,13 @@ from ksl_patch.base import find_embedding
 from ksl_patch.base.identity import check_head
 from ksl_patch.base.model_id import public_id
 from ksl_patch.base.tensors import dtype_name
+from ksl_patch.base.weight_files import values_in_files
 from ksl_patch.errors import PatchError
 from ksl_patch.patch import Patch
 from ksl_patch.patch.wording import fenced
 
 SHARD = "5GB"
+PATCHES = "ksl_patch.json"  # what is in the tables, for programs
 _TERMS = re.compile(r"(licen[cs]e|notice|copying|use_policy|.*terms)[\w.-]*?(\.txt|\.md|\.html|\.pdf)?", re.IGNORECASE)
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
@@ -86,41 +90,76 @@ def _own_tensors(model: Any) -> None:
             seen.add(id(parameter))
 
 
-def write_checkpoint(
-    model: Any, tokenizer: Any, merged: Patch, patches: Sequence[Patch], folder: Path, *, base: str, shard: str = SHARD
-) -> bool:
-    """Write a model with a patch's rows, its tokenizer and a card; whether its head was untied.
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A place whose files become those of `folder`, which is not there yet or empty, at the end of the block.
 
-    merged: all rows, of `patches` together. folder: is not there yet, or empty; a write that fails leaves none. base:
-    where the model came from, whose licence files are kept beside it. Raises PatchError.
+    The folder is made at once, so that one that cannot be is said before the work; what fails leaves none. Raises
+    PatchError for whatever the file system refuses.
     """
-    untied = apply(merged, model)
+    missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-            made = Path(name) / "model"
-            model.save_pretrained(made, max_shard_size=shard)
-            tokenizer.save_pretrained(made)
-            _check(made, model)
-            for file in _beside(base):
-                shutil.copy(file, made / file.name)
-            (made / "README.md").write_text(
-                card(patches, base, rows=len(merged.token_ids), untied=untied), encoding="utf-8"
-            )
-            (made / "ksl_patch.json").write_text(_digests(patches), encoding="utf-8")
-            if folder.is_dir():
-                folder.rmdir()  # an empty one
-            made.rename(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as name:
+            yield Path(name)
+            # The configuration comes last: without it nothing loads a part of a model.
+            for file in sorted(Path(name).iterdir(), key=lambda file: file.name == "config.json"):
+                file.rename(folder / file.name)
+        missing = []
     except (OSError, SafetensorError) as error:
         raise PatchError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}.") from error
-    return untied
+    finally:
+        for each in missing:
+            with suppress(OSError):  # it was not made, or something else wrote into it
+                each.rmdir()
 
 
-def _beside(base: str) -> list[Path]:
-    """The licences of a base in a folder, and what prepares pictures for it."""
-    if not Path(base).is_dir():
-        return []
-    named = (file for file in sorted(Path(base).iterdir()) if _TERMS.fullmatch(file.name) or file.name in _PROCESSORS)
+def write_checkpoint(
+    model: Any, tokenizer: Any, merged: Patch, patches: Sequence[Patch], made: Path, *, base: str,
+    files: Path | None = None,
+    shard: str = SHARD,
+) -> tuple[bool, int]:  # fmt: skip
+    """Write a model with a patch's rows, its tokenizer and a card into an empty folder.
+
+    merged: all rows, of `patches` together. base: where the model came from. files: its folder, whose licences are kept
+    beside the model. Returns whether the head was untied, and how many values of the base's files are not there, since
+    transformers' class for the model has no place for them. Raises PatchError.
+    """
+    # Files of a tied model may hold its table once more, by the head's name.
+    head = next((name for name, module in model.named_modules() if module is find_embedding(model).head), None)
+    own = f"{head.rpartition('.')[2]}.weight" if head and find_embedding(model).tied else None
+    untied = apply(merged, model)
+    model.save_pretrained(made, max_shard_size=shard)
+    tokenizer.save_pretrained(made)
+    _check(made, model)
+    before, after = None if files is None else values_in_files(files, own), values_in_files(made, own)
+    lost = 0 if before is None or after is None else max(0, before - after)
+    for file in [] if files is None else _beside(files):
+        shutil.copy(file, made / file.name)
+    text = card(patches, base, rows=len(merged.token_ids), untied=untied, lost=lost)
+    (made / "README.md").write_text(text, encoding="utf-8")
+    (made / PATCHES).write_text(_digests(patches), encoding="utf-8")
+    return untied, lost
+
+
+def files_of(base: str, revision: str | None = None) -> Path | None:
+    """The folder of a base's files, of an id on the Hub that of its cache, with its licences; None where there is none.
+
+    The Hub is asked for the licences only, since the model is there already.
+    """
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+
+    terms = ["LICEN*", "licen*", "NOTICE*", "COPYING*", "*USE_POLICY*", "*.safetensors.index.json", *_PROCESSORS]
+    with suppress(Exception):  # of many kinds: no network, no such id
+        return Path(snapshot_download(base, revision=revision, allow_patterns=terms))
+    return None
+
+
+def _beside(folder: Path) -> list[Path]:
+    """The licences of a base, and what prepares pictures for it."""
+    named = (file for file in sorted(folder.iterdir()) if _TERMS.fullmatch(file.name) or file.name in _PROCESSORS)
     return [file for file in named if file.is_file() and file.suffix != ".safetensors"]
 
 
@@ -161,7 +200,7 @@ def _digests(patches: Sequence[Patch]) -> str:
     return json.dumps({"patches": found}, indent=1, ensure_ascii=False) + "\n"
 
 
-def card(patches: Sequence[Patch], base: str, *, rows: int, untied: bool) -> str:
+def card(patches: Sequence[Patch], base: str, *, rows: int, untied: bool, lost: int = 0) -> str:
     """The model card: what was changed, each patch's digest, and the prompt that it answers to."""
     from huggingface_hub import ModelCardData
 
@@ -178,6 +217,8 @@ def card(patches: Sequence[Patch], base: str, *, rows: int, untied: bool) -> str
         if untied
         else "Its head is as the base has it, with the patches' rows where they change it too."
     )
+    if lost:
+        head += f" {missing(lost)}"
     sections = [_section(patch) for patch in patches]
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {named} with {len(patches)} embedding patch{'es' * (len(patches) > 1)}\n\n"
@@ -185,6 +226,14 @@ def card(patches: Sequence[Patch], base: str, *, rows: int, untied: bool) -> str
         f"(fingerprint `{meta.base.fingerprint[:12]}`); all other weights are the base's. {head} The base's licence "
         "applies, and each patch's own. A patch acts where a prompt has its tokens: give the prompt as it stands "
         "below, with the sentence at `{source}`.\n\n" + "\n\n".join(sections) + "\n"
+    )
+
+
+def missing(lost: int) -> str:
+    """In words, what a written model has not of its base's files."""
+    return (
+        f"{lost:,} values of the base's files are not here, since transformers' class for it has no place for them (a "
+        "head that drafts, say)."
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,12 +15,16 @@ from ksl_patch.data.encoding import Encoded
 from ksl_patch.data.templates import make_template
 from ksl_patch.errors import RunError
 from ksl_patch.hf import prompt_ids
+from ksl_patch.interop.checkpoint import PATCHES
 from ksl_patch.store.references import load
 from ksl_patch.terminal import counted
 from ksl_patch.train.config import BuildConfig
 
 if TYPE_CHECKING:
     from ksl_patch.train.material import Material
+
+
+_MOST = 64 * 2**20  # bytes of a base's list of patches
 
 
 def check_settings(config: BuildConfig) -> None:
@@ -38,7 +44,8 @@ def check_settings(config: BuildConfig) -> None:
 def choose(of: Material) -> list[str]:
     """The names of `top_k` reserved tokens, those of the smallest ids that nothing else has.
 
-    Neither the pairs, nor the patches that it is built beside, nor the template as it was given. Raises RunError where
+    Neither the pairs, nor the patches that it is built beside or that are in the base already, nor the template as it
+    was given. Raises RunError where
     there are fewer, with how many there are.
     """
     config, reserved = of.config, of.reserved
@@ -48,7 +55,7 @@ def choose(of: Material) -> list[str]:
             "are is chosen; or name the rows with --rows."
         )
     texts = (text for pair in of.read for text in (pair.source, pair.target, *(value for _, value in pair.fields)))
-    taken, others = names_in(texts), _beside(of)
+    taken, others = names_in(texts), _beside(of) | _inside(of)
     free = (i for i in reserved if i not in others and reserved.name(i).lower() not in taken)
     assert config.top_k is not None
     ids = list(islice(free, config.top_k))
@@ -73,6 +80,26 @@ def _beside(of: Material) -> set[int]:
         patch.check_vocabulary(of.tokenizer)
         found.update(patch.token_ids.tolist())
     return found
+
+
+def _inside(of: Material) -> set[int]:
+    """The token ids of the patches that `export --format model` wrote the base with. Raises RunError for a bad list."""
+    from transformers.utils import cached_file
+
+    file = cached_file(
+        of.config.base, PATCHES, revision=of.config.revision, _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    if file is None:
+        return set()
+    try:
+        with Path(file).open("rb") as opened:
+            content = opened.read(_MOST + 1)
+        if len(content) > _MOST:
+            raise ValueError("it is too long")
+        return {int(i) for patch in json.loads(content)["patches"] for i in patch["token_ids"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(f"{file} does not say which tokens the base's patches have ({error}).") from error
 
 
 def positions(of: Material) -> int:
