@@ -1,4 +1,4 @@
-"""A model with patches in it, run by llama.cpp and by transformers: the same greedy text, and where the base's is another.
+"""A model with patches in it, by llama.cpp and by transformers: the same greedy text, and where the base's is another.
 
 ksl-patch export DE RU --base BASE --format model -o MODEL
 python convert_hf_to_gguf.py MODEL --outfile MODEL.gguf --outtype bf16      # of llama.cpp's source
