@@ -24,6 +24,7 @@ from ksl_patch.cli.options import (
     revision_option,
     starting,
 )
+from ksl_patch.cli.settings import settings_of
 from ksl_patch.terminal import counted
 
 
@@ -49,19 +50,18 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
 
 
 @click.command(context_settings={"show_default": True})
-@base_option("Base model: a local folder or a Hub id.", required=True)
+@base_option("Base model: a local folder or a Hub id.  [required]")
 @base_model_option()
 @revision_option()
 @click.option(
     "--pairs",
-    required=True,
     multiple=True,
     callback=one_or_several,
     metavar="F",
     type=PATH_OR_ID,
     help="Sentence pairs: .jsonl, .json, .csv, .tsv or .parquet, as .gz or .zst too; two files with a sentence a line "
     "each (--pairs train.en --pairs train.sw); or a Hugging Face dataset id[@revision][:config[:split]]. Several files "
-    "are read one after the other.",
+    "are read one after the other.  [required]",
 )
 @click.option("--strict", is_flag=True, help="Refuse a line that is no pair, where such are counted and left out.")
 @columns_option("Names of the two columns of the pairs.")
@@ -70,9 +70,16 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
     metavar="COLUMN",
     help="Column with the document of a pair; documents are held out whole.  [default: none]",
 )
-@click.option("--language", required=True, metavar="L", help="Target language, a BCP 47 tag such as sw or pt-BR.")
+@click.option("--language", metavar="L", help="Target language, a BCP 47 tag such as sw or pt-BR.  [required]")
 @click.option("--source-language", default="en", metavar="L", help="Language of the source sentences.")
-@new_patch_options("P")
+@new_patch_options("P", required=False)
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="F",
+    help="Build the patches that this patches.toml says how to build, or those of the names that follow, in place of "
+    "-o P. Options count for all of them.",
+)
 @click.option(
     "--template",
     default="plain",
@@ -183,36 +190,29 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
 @click.option("-y", "--yes", is_flag=True, help="Do not ask about what looks wrong: warn, and go on.")
 @json_option("Print JSON lines instead of progress bars.")
 @click.argument("more", nargs=-1, metavar="")
+@click.pass_context
 def build(
-    more: tuple[str, ...], output: Path, force: bool, run: Path | None, yes: bool, as_json: bool, **options: Any
-) -> None:
-    """Build a patch for one language from a base model and sentence pairs.
+    context: click.Context, /, more: tuple[str, ...], config: Path | None, run: Path | None, yes: bool, as_json: bool,
+    force: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Build a patch for one language from a base model and sentence pairs, or, with --config, one for each of many.
 
     Three stages: the embedding is tuned, a Kolmogorov-Smirnov test picks the rows that moved (the ticket),
     and these rows alone are tuned again from the base. Each stage continues from its checkpoint after a kill;
     a finished stage is used again by any build in the same folder that needs it.
     """
+    if config is not None:
+        from ksl_patch.cli.fleet import build_fleet
+
+        build_fleet(context, config, more, force=force, as_json=as_json)
+        return
     if more:
         raise click.UsageError(
             f"there is no option before {more[0]!r}: write --pairs, or --beside, before each of several files."
         )
+    output: Path = options.pop("output")
+    settings = settings_of(context, options | {"output": output})
     check_output(output, force)
-    if options["selection"] == "single" and (options["alpha"], options["top_k"]) != (None, None):
-        raise click.UsageError("--selection single takes one row: leave out --alpha and --top-k.")
-    if options["selection"] not in ("ks", "single") and options["top_k"] is None:
-        raise click.UsageError(
-            f"--selection {options['selection']} needs --top-k: nothing else says how many rows to take."
-        )
-    if options["selection"] != "reserved" and (options["beside"] or options["start"] != "text"):
-        raise click.UsageError("--beside and --start are for reserved rows: add --selection reserved --top-k K.")
-    if options["rows"]:
-        others = [name for name in ("alpha", "top_k") if options[name] is not None]
-        if others or options["selection"] != "ks":
-            other = others[0].replace("_", "-") if others else "selection"
-            raise click.UsageError(f"--rows names the rows, and --{other} chooses them: give one of the two.")
-    if options["alpha"] is None and options["top_k"] is None:
-        del options["alpha"]  # the configuration's own
-    options["name"] = options["name"] or output.stem
     run = run or kept_run(output)
 
     starting(as_json)
@@ -230,7 +230,7 @@ def build(
     leader, ask = state.is_main_process, not yes and state.num_processes == 1  # the others would wait
     reporter = (JsonReporter() if as_json else RichReporter(ask=ask)) if leader else SilentReporter()
     with reporter if isinstance(reporter, RichReporter) else nullcontext():
-        patch = build_patch(BuildConfig(**options), run, reporter)
+        patch = build_patch(BuildConfig(**settings), run, reporter)
     if not leader:
         return
     if output.exists() and not force:

@@ -195,7 +195,7 @@ def subject(
         check_output(output, force)
     if alone and (not (base and test) or run):
         raise click.UsageError("--alone measures the patch with --base M and --test G, and takes no --run.")
-    run = run or kept_run(path)
+    run = run or kept_run(path, patch.digest)
     built = run.is_dir() and not alone
     if not built and (needs_build or not (base and test)):
         otherwise = "" if needs_build else ", or measure the patch alone with --base M --test G"

@@ -107,13 +107,14 @@ def output_option(metavar: str, help: str, *, required: bool = False) -> Decorat
     return click.option("-o", "--output", required=required, metavar=metavar, type=kind, help=help)
 
 
-def new_patch_options(metavar: str) -> Decorator:
+def new_patch_options(metavar: str, *, required: bool = True) -> Decorator:
     """`-o`, `--force` and `--name` of a command that makes a patch."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         name = click.option("--name", metavar="NAME", help="Name of the patch; by default the output file's.")
         named = force_option("Replace an existing patch.")(name(command))
-        return output_option(metavar, "Patch to write.", required=True)(named)
+        what = "Patch to write." if required else "Patch to write.  [required]"
+        return output_option(metavar, what, required=required)(named)
 
     return decorate
 
@@ -126,9 +127,16 @@ def check_output(output: Path, force: bool) -> None:
         raise click.UsageError(f"the folder {output.parent} does not exist.")
 
 
-def kept_run(patch: Path) -> Path:
-    """The folder that the build of a patch kept, where nobody names it."""
-    return patch.with_name(f"{patch.name}.run")
+def kept_run(patch: Path, digest: str | None = None) -> Path:
+    """The folder that the build of a patch kept, where nobody names it.
+
+    digest: of the patch, whose record may be in the folder of others beside it: P.run goes first.
+    """
+    own = patch.with_name(f"{patch.name}.run")
+    if digest is None or own.is_dir():
+        return own
+    others = sorted(patch.parent.glob(f"*.run/patch-{digest[:16]}.json"))
+    return others[0].parent if others else own
 
 
 def base_model_option() -> Decorator:

@@ -49,7 +49,7 @@ def report(
         raise click.UsageError(f"{output} exists; add --force to replace it, or choose another name with -o.")
     rows = []
     for i, each in enumerate(found):
-        run = runs[i] if runs else kept_run(each.path)
+        run = runs[i] if runs else kept_run(each.path, each.patch.digest)
         rows.append(AllRows.of(each.patch, run) if runs or has_record(run, each.patch.digest) else None)
     page = make_report([each.patch for each in found], rows)
     write_report(output, page)

@@ -1,8 +1,12 @@
 """What a deployment serves, written down: patches.toml, and patches.lock with the content that each reference had.
 
 base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+[build]                   # options of `ksl-patch build` for all, and, below, for one
+top-k = 18
 [patches]
 es = "es.safetensors"     # a path from this file's folder, a name or digest of the local store, or hf://ORG/REPO/FILE
+[patches.sw]              # what `ksl-patch build --config` builds: sw.safetensors, where `file` names no other
+pairs = "en-sw.jsonl"
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import os
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -23,6 +28,7 @@ from ksl_patch.store.hub import PREFIX, HubReference, fetch
 from ksl_patch.store.references import load
 
 VERSION = 1
+_PATHS = ("pairs", "beside", "resume")  # options that name files
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,6 +36,19 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     base: str
     patches: dict[str, str]
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """How a patch of a patches.toml is built. options: as `ksl-patch build` has them, by name."""
+
+    file: Path
+    options: dict[str, Any]
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    base: str
+    patches: dict[str, str | dict[str, Any]]
+    build: dict[str, Any] = {}
 
 
 class Locked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,17 +73,62 @@ def read_config(path: Path) -> Config:
     return _resolved(_parse(path), path)
 
 
-def _parse(path: Path) -> Config:
+def read_recipes(path: Path) -> tuple[str, dict[str, Recipe]]:
+    """The base of a patches.toml, and those of its patches that it says how to build.
+
+    Relative paths are from the file's folder. Raises RunError for what is not one.
+    """
+    found, folder = _read(path), path.resolve().parent
+    recipes = {}
+    for name, entry in found.patches.items():
+        if isinstance(entry, dict):
+            merged = {key.replace("_", "-"): value for part in (found.build, entry) for key, value in part.items()}
+            options = {
+                key: _path_in(value, folder, written=key == "resume") if key in _PATHS else value
+                for key, value in merged.items()
+                if key != "file"
+            }
+            recipes[name] = Recipe(folder / _file_of(name, entry), options)
+    return found.base, recipes
+
+
+def _path_in(value: Any, folder: Path, *, written: bool = False) -> Any:
+    """A value, or each of a list, as a path in a folder: where such a file is there, or is to be written."""
+    if isinstance(value, list):
+        return [_path_in(each, folder) for each in value]
+    if isinstance(value, str) and value and (written or os.path.exists(folder / value)):  # noqa: PTH110
+        return str(folder / value)
+    return value
+
+
+def _file_of(name: str, entry: dict[str, Any]) -> str:
+    return str(entry.get("file", f"{name}{SUFFIX}"))
+
+
+def _read(path: Path) -> _File:
     try:
         with path.open("rb") as file:
-            config = msgspec.convert(tomllib.load(file), Config)
-        for name in config.patches:
+            found = msgspec.convert(tomllib.load(file), _File)
+        for name, entry in found.patches.items():
             check_name(name)
+            own = entry.get("file", SUFFIX) if isinstance(entry, dict) else SUFFIX
+            if not isinstance(own, str) or not own.endswith(SUFFIX) or own.startswith(PREFIX):
+                raise PatchError(f"the `file` of {name} is to be written, so it is a path that ends in {SUFFIX}")
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError, PatchError) as error:
-        raise RunError(f"{path} is not a list of patches: {error}.") from error
-    return config
+        raise RunError(f"{path} is not a list of patches: {str(error).rstrip('.')}.") from error
+    return found
+
+
+def _parse(path: Path) -> Config:
+    """What is served of a patches.toml: of a patch that is built, its file."""
+    found = _read(path)
+    served = {
+        name: f".{os.sep}{_file_of(name, entry)}" if isinstance(entry, dict) else entry
+        for name, entry in found.patches.items()
+    }
+    return Config(found.base, served)
 
 
 def _resolved(config: Config, path: Path) -> Config:

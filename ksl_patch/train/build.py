@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.loss import token_loss
 from ksl_patch.train.material import Material
 from ksl_patch.train.progress import Reporter, SilentReporter, noting_warnings
-from ksl_patch.train.record import Record, keep, note_use, read_tests, write_record
+from ksl_patch.train.record import Record, keep, note_use, read_tests, recorded, write_record
 from ksl_patch.train.reserved import start_ids, start_rows
 from ksl_patch.train.single import single
 from ksl_patch.train.ticket_checks import given, report_weak_rows
@@ -54,14 +53,10 @@ class Build(Material):
         """Run whatever is not done yet, and measure the loss of the result on the dev pairs."""
         patch = self.patch_of(self.ticket())
         patch = patch.with_meta(evaluation=self.losses(patch), created=self._created(patch.digest))
-        config = asdict(self.config)
-        config["base"] = _from_anywhere(config["base"])
-        config["beside"] = tuple(map(_from_anywhere, config["beside"]))
-        pairs = config["pairs"]
-        config["pairs"] = _from_anywhere(pairs) if isinstance(pairs, str) else tuple(map(_from_anywhere, pairs))
         tested = (self._embedding_folder / "ks.npz").is_file()
         tests = self._embedding_folder.name if tested else None
-        write_record(self.run, patch.digest, Record(config, tests, self.examples_digest, self.machine))
+        record = Record(recorded(asdict(self.config)), tests, self.examples_digest, self.machine)
+        write_record(self.run, patch.digest, record)
         return patch
 
     def seeded(self, seed: int) -> Build:
@@ -197,12 +192,18 @@ class Build(Material):
         """
         if not len(self.dev):
             return None
-        self.reporter.note("measuring", f"Measuring the loss on {len(self.dev)} dev pairs ...", pairs=len(self.dev))
+        key = [patch.digest, self.loaded.digest, self.dev.examples, asdict(self.machine)]
+        file = f"dev-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
+        if not (self.run / file).is_file():
+            self.reporter.note("measuring", f"Measuring the loss on {len(self.dev)} dev pairs ...", pairs=len(self.dev))
+            base = token_loss(self.model, self.of_base(self.dev).examples)
+            self.folder.once(file, {"base": base, "patch": self.patched_loss(patch)})
+        losses = self.folder.once(file, {})
         result = Evaluation(
             pairs=len(self.dev),
             data_digest=self.dev.digest,
-            loss_base=token_loss(self.model, self.of_base(self.dev).examples),
-            loss_patch=self.patched_loss(patch),
+            loss_base=losses["base"],
+            loss_patch=losses["patch"],
             part="dev",
         )
         self.note_use(self.dev, patch)
@@ -288,8 +289,3 @@ class Build(Material):
             "token_ids": None if ticket is None else hashlib.sha256(ticket.token_ids.tobytes()).hexdigest(),
             **({"start": start_ids(self, len(ticket))} if ticket and ticket.selection == "reserved" else {}),
         }
-
-
-def _from_anywhere(path: str) -> str:
-    """A path from anywhere; what does not exist is an id on the Hub."""
-    return os.path.abspath(path) if Path(path).exists() else path  # noqa: PTH100 - a link's name says a form, too

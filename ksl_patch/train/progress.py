@@ -97,7 +97,7 @@ class _Pace:
     @staticmethod
     def in_words(each: float, left: float) -> str:
         end = time.strftime("%H:%M", time.localtime(time.time() + left))
-        return f"{each:.2g} s a step: tuning takes {_duration(left)} more, until {end}"
+        return f"{each:.2g} s a step: tuning takes {duration(left)} more, until {end}"
 
 
 def _somebody_types() -> bool:
@@ -108,7 +108,7 @@ def _somebody_types() -> bool:
         return False
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Seconds as people say them: "50 s", "4 min", "1 h 20 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -218,13 +218,13 @@ class RichReporter:
         fifth = max(1, self._total // 5)
         if not self._console.is_terminal and (done == self._total or done // fifth > self._done // fifth):
             left = self._progress.tasks[-1].time_remaining
-            more = f", {_duration(left)} left" if left else ""
+            more = f", {duration(left)} left" if left else ""
             self.note("step", f"{self._stage}: {done}/{self._total} {self._loss}".rstrip() + more)
         self._done = done
 
     def end(self) -> None:
         """The bar becomes a line: of many, rich would show the first and hide the one that moves."""
         if self._console.is_terminal and self._task is not None:
-            took = _duration(self._progress.tasks[-1].elapsed or 0)
+            took = duration(self._progress.tasks[-1].elapsed or 0)
             self._progress.remove_task(self._task)
             self.note("end", f"{self._stage}: {self._total}/{self._total} {self._loss}".rstrip() + f", {took}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from contextlib import suppress
@@ -48,6 +49,20 @@ class Record:
 
 
 _SPLIT = ("data_seed", "dev", "held_out", "group")
+
+
+def recorded(config: dict[str, Any]) -> dict[str, Any]:
+    """A BuildConfig's fields as a record has them: JSON, with paths that hold from anywhere."""
+    found = dict(config)
+    for key in ("base", "pairs", "beside"):
+        value = found[key]
+        found[key] = _from_anywhere(value) if isinstance(value, str) else tuple(map(_from_anywhere, value))
+    return dict(json.loads(json.dumps(found)))
+
+
+def _from_anywhere(path: str) -> str:
+    """A path from anywhere; what does not exist is an id on the Hub."""
+    return os.path.abspath(path) if Path(path).exists() else path  # noqa: PTH100 - a link's name says a form, too
 
 
 def write_record(run: Path, digest: str, record: Record) -> None:
