@@ -2,7 +2,7 @@
 
     python benchmarks/training.py --base .demo/gemma3 --pairs .demo/gnome/en-de.jsonl [--output FILE]
 
-Every contender is a process of its own, which loads the base, reads the same batches, and trains with the same rate; they
+Every contender is a process of its own, which loads the base, reads the same batches, and trains at the same rate; they
 take turns. The loop by hand is what one would write for this alone: the bare model's layers, the head on the answers'
 positions, Adam on k rows, no checkpoints. PEFT and the whole embedding are trained by transformers' Trainer with the
 model's own loss. Seconds are of the steps after the first two; memory is the process's peak.
