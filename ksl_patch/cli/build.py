@@ -24,7 +24,7 @@ from ksl_patch.cli.options import (
     revision_option,
     starting,
 )
-from ksl_patch.cli.settings import settings_of
+from ksl_patch.cli.settings import PRESETS, given_in, settings_of
 from ksl_patch.terminal import counted
 
 
@@ -74,6 +74,12 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
 @click.option("--source-language", default="en", metavar="L", help="Language of the source sentences.")
 @new_patch_options("P", required=False)
 @click.option(
+    "--preset",
+    type=click.Choice(sorted(PRESETS)),
+    help="Other defaults: paper has those of KS-Lottery's experiments, as far as they are known "
+    "(examples/paper). Options that are given count.",
+)
+@click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="F",
@@ -84,8 +90,8 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
     "--template",
     default="plain",
     metavar="T",
-    help="plain, chat (the base's chat template), soft (reserved rows around the sentence, no words), or a text with "
-    "{source}, {reserved} for reserved rows, and {NAME} for other columns of the pairs.",
+    help="plain, alpaca, chat (the base's chat template), soft (reserved rows around the sentence, no words), or a "
+    "text with {source}, {reserved} for reserved rows, and {NAME} for other columns of the pairs.",
 )
 @click.option("--system", metavar="TEXT", help="System prompt of the chat template; it may have {NAME} too.")
 @click.option(
@@ -158,6 +164,26 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
 @click.option(
     "--lr", type=click.FloatRange(0, min_open=True), default=0.15, help="Its learning rate, in the same unit."
 )
+@click.option(
+    "--epochs",
+    type=click.FloatRange(0, min_open=True),
+    metavar="N",
+    help="In place of --steps: read each training pair so often.",
+)
+@click.option("--embed-epochs", type=click.FloatRange(0, min_open=True), metavar="N", help="In place of --embed-steps.")
+@click.option(
+    "--schedule", type=click.Choice(["linear", "cosine"]), default="linear", help="How learning rates fall to 0."
+)
+@click.option(
+    "--warmup",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    metavar="SHARE",
+    help="The share of a tuning's steps in which its learning rate rises first.",
+)
+@click.option(
+    "--absolute-lr", is_flag=True, help="Learning rates are in no unit of the table's: the optimiser's, as papers say."
+)
 @click.option("--batch-size", type=click.IntRange(1), default=8, help="Pairs in a step, on each process.")
 @click.option("--accumulate", type=click.IntRange(1), default=1, help="Batches in a step.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
@@ -211,7 +237,7 @@ def build(
             f"there is no option before {more[0]!r}: write --pairs, or --beside, before each of several files."
         )
     output: Path = options.pop("output")
-    settings = settings_of(context, options | {"output": output})
+    settings = settings_of(context, options | {"output": output}, given_in(context))
     check_output(output, force)
     run = run or kept_run(output)
 

@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from ksl_patch.cli.options import kept_run, starting
-from ksl_patch.cli.settings import settings_of
+from ksl_patch.cli.settings import given_in, settings_of
 
 if TYPE_CHECKING:
     from ksl_patch.store.lock import Recipe
@@ -69,14 +69,13 @@ def _settings(
             each = [beside] if isinstance(beside, str) else beside
             given["beside"] = [str(recipes[other].file) if other in recipes else other for other in each]
         arguments = [*_arguments(context.command, given), "--output", str(recipe.file)]
-        options = context.command.make_context("build", arguments, parent=context.parent).params
-        for key, value in context.params.items():
-            if context.get_parameter_source(key) == ParameterSource.COMMANDLINE and key not in ("more", "config"):
-                options[key] = value
+        own = context.command.make_context("build", arguments, parent=context.parent)
+        above = given_in(context) - {"more", "config"}
+        options = own.params | {key: context.params[key] for key in above}
         run = options.pop("run")
         for key in ("more", "config", "yes", "as_json", "force"):
             options.pop(key)
-        return {"config": settings_of(context, options), "run": run}
+        return {"config": settings_of(context, options, above | given_in(own)), "run": run}
     except click.UsageError as error:
         raise click.UsageError(f"{config}, patch {name}: {error.format_message()}") from error
 

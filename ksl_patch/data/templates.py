@@ -13,6 +13,11 @@ from ksl_patch.patch import TemplateMeta
 from ksl_patch.patch.names import check_fields
 
 SOFT = "{reserved}{source}{reserved:1}"
+_ALPACA = (  # Stanford Alpaca's, with an input
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{asked}\n### Input:\n{{source}}\n\n"
+    "### Response:\n"
+)
 _PLACE = re.compile(r"\{reserved(?::([0-9]{1,4}))?\}")
 _PROBE = "a <b> & \"c\" - 'd'"  # what a template may escape or rewrite
 
@@ -28,7 +33,7 @@ def make_template(
     reserved: Sequence[str] = (),
     named: Sequence[str] = (),
 ) -> TemplateMeta:
-    r"""The prompt template: "plain", "chat" (the model's own chat template), "soft", or a text with `{source}`.
+    r"""The prompt template: "plain", "alpaca", "chat" (the model's own), "soft", or a text with `{source}`.
 
     In a text of one's own, `\n` stands for a line break, and any other `{name}` for a column of the pairs.
     system: a chat's system prompt, which may name columns too. instruction: whether a chat's user asks for a
@@ -47,7 +52,7 @@ def make_template(
     if chat:
         texts = [*([] if system is None else [system]), f"{asked if instruction else ''}{{source}}"]
     else:
-        texts = [{"plain": plain, "soft": SOFT}.get(kind, kind)]
+        texts = [{"plain": plain, "soft": SOFT, "alpaca": _ALPACA.format(asked=asked)}.get(kind, kind)]
     texts = [text.replace("\\n", "\n") for text in texts]
     if texts[-1].count("{source}") != 1:
         raise RunError("a template of your own must contain '{source}' exactly once, where the sentence goes.")
@@ -99,7 +104,7 @@ def template_fields(kind: str, system: str | None) -> list[str]:
     """The columns beside the source that a template of this kind names. Raises PatchError for what cannot be one."""
     if system is not None and kind != "chat":
         raise RunError("a system prompt is for the chat template: add --template chat, or put it into the template.")
-    text = (system or "") if kind in ("plain", "chat") else kind
+    text = (system or "") if kind in ("plain", "alpaca", "chat") else kind
     names = re.findall(r"\{([A-Za-z_][A-Za-z0-9_]*)\}", text)
     fields = [name for name in dict.fromkeys(names) if name not in ("source", "reserved")]
     check_fields(fields)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -54,7 +56,7 @@ def assemble(of: Material, ticket: Ticket, rows: torch.Tensor) -> Patch:
             mode="transfer" if whole else config.mode,
             steps=config.steps if partial else 0,
             lr=config.lr * of.scale if partial else 0.0,
-            optimiser="AdamW, weight decay 0, linear decay",
+            optimiser=f"AdamW, weight decay 0, {config.schedule} decay",
             batch_size=of.batch,
             seed=config.seed,
             data_digest=data_digest(of.pairs.train),
@@ -74,12 +76,16 @@ def assemble(of: Material, ticket: Ticket, rows: torch.Tensor) -> Patch:
 def _hyperparameters(of: Material, rows: int, partial: bool, tuned: bool) -> dict[str, int | float | str | bool]:
     """What the optimiser of the rows was set to; embed_: what is other in the embedding tuning before."""
     config, d = of.config, of.base.hidden_size
-    found = optimiser(rows * d, damp_rare=False) if partial else {}
+    schedule = config.schedule
+    warmup, embed_warmup = (math.ceil(config.warmup * steps) for steps in (config.steps, config.embed_steps))
+    found = optimiser(rows * d, damp_rare=False, schedule=schedule, warmup_steps=warmup) if partial else {}
     if tuned:
         n = np.count_nonzero(of.embed_counts) if config.side == "input" else of.base.vocab_size
-        embed = optimiser(int(n) * d, damp_rare=config.damp_rare)
+        embed = optimiser(int(n) * d, damp_rare=config.damp_rare, schedule=schedule, warmup_steps=embed_warmup)
         found = found or {key: value for key, value in embed.items() if key != "adam_epsilon"}
         found |= {"damp_rare": config.damp_rare, "embed_adam_epsilon": embed["adam_epsilon"]}
+        if config.warmup:
+            found["embed_warmup_steps"] = embed["warmup_steps"]
     return found | {
         "gradient_accumulation_steps": config.accumulate,
         "dtype": of.machine.dtype,

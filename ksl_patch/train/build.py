@@ -55,7 +55,7 @@ class Build(Material):
         patch = patch.with_meta(evaluation=self.losses(patch), created=self._created(patch.digest))
         tested = (self._embedding_folder / "ks.npz").is_file()
         tests = self._embedding_folder.name if tested else None
-        record = Record(recorded(asdict(self.config)), tests, self.examples_digest, self.machine)
+        record = Record(recorded(asdict(self.given)), tests, self.examples_digest, self.machine)
         write_record(self.run, patch.digest, record)
         return patch
 
@@ -246,6 +246,8 @@ class Build(Material):
                 checkpoint_every=config.checkpoint_every,
                 gradient_checkpointing=config.gradient_checkpointing,
                 damp_rare=ticket is None and config.damp_rare,
+                schedule=config.schedule,
+                warmup=config.warmup,
             ),
             side=config.side,
             scope=config.scope,
@@ -287,5 +289,7 @@ class Build(Material):
             "seed": config.seed,
             "machine": asdict(self.machine),
             "token_ids": None if ticket is None else hashlib.sha256(ticket.token_ids.tobytes()).hexdigest(),
+            **({} if config.schedule == "linear" else {"schedule": config.schedule}),
+            **({"warmup": config.warmup} if config.warmup else {}),
             **({"start": start_ids(self, len(ticket))} if ticket and ticket.selection == "reserved" else {}),
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ksl_patch.patch import Scope, Side
@@ -11,6 +12,7 @@ from ksl_patch.ticket import DEFAULT_CAP, Selection
 
 Mode = Literal["partial", "transfer"]
 Start = Literal["text", "base"]
+Schedule = Literal["linear", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +22,11 @@ class BuildConfig:
     pairs: what `read_pairs` takes. strict: a line that is no pair is an error, and not left out.
     rows: tokens named by hand, ids or texts, in place of a selection. start: of the reserved rows, the base's
     rows of the instruction's tokens or their own. beside: references of patches whose tokens are left alone by the
-    selection "reserved". group: the pairs' column with their document.
-    data_seed: of the split into training, dev and held-out pairs. damp_rare: of the embedding tuning, see
-    `TuneSettings`. base_model: the base's id on the Hub, where it is a folder.
+    selection "reserved". group: the pairs' column with their document. data_seed: of the split into training, dev and
+    held-out pairs. damp_rare: of the embedding tuning, see `TuneSettings`. base_model: the base's id on the Hub, where
+    it is a folder. epochs, embed_epochs: how often each pair is read, in place of steps. schedule: how learning rates
+    fall to 0; warmup: the share of the steps in which they rise before. absolute_lr: learning rates are the
+    optimiser's, in no unit.
     """
 
     base: str
@@ -51,6 +55,11 @@ class BuildConfig:
     damp_rare: bool = True
     steps: int = 100
     lr: float = 0.15
+    epochs: float | None = None
+    embed_epochs: float | None = None
+    schedule: Schedule = "linear"
+    warmup: float = 0.0
+    absolute_lr: bool = False
     batch_size: int = 8
     accumulate: int = 1
     seed: int = 0
@@ -64,3 +73,24 @@ class BuildConfig:
     licence: str | None = None
     device: str | None = None
     base_model: str | None = None
+
+    def resolved(self, pairs: int, batch: int, scale: float) -> BuildConfig:
+        """The same with steps in place of epochs, and learning rates in the unit of others.
+
+        pairs: to train on. batch: pairs in a step. scale: the standard deviation of the table's values.
+        """
+        unit = scale if self.absolute_lr else 1.0
+        steps, embed_steps = (
+            given if epochs is None else max(1, math.ceil(epochs * pairs / batch))
+            for given, epochs in ((self.steps, self.epochs), (self.embed_steps, self.embed_epochs))
+        )
+        return replace(
+            self,
+            steps=steps,
+            embed_steps=embed_steps,
+            lr=self.lr / unit,
+            embed_lr=self.embed_lr / unit,
+            epochs=None,
+            embed_epochs=None,
+            absolute_lr=False,
+        )

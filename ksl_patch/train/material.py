@@ -41,9 +41,9 @@ from ksl_patch.train.tune import autocasts
 class Material:
     """A build's base and pairs, ready after construction.
 
-    pairs, train, dev, held_out: the pairs, and those that are not too long as token ids. model, tokenizer, template:
-    what they are put into. base: the model's identity. scale: the standard deviation of its table's values. processes:
-    how many train together.
+    config: with steps where `given` has epochs. pairs, train, dev, held_out: the pairs, and those that are not too long
+    as token ids. model, tokenizer, template: what they are put into. base: the model's identity. scale: the standard
+    deviation of the table's values. processes: how many train together.
     Its arguments: loaded: the base, where it is at hand. reopened: where its patch was trained; stages that were
     finished there, or on another kind of machine, are used then. template: where it is known, since a chat template may
     render otherwise today. like: whose pairs are taken, all of them, however long they are in another prompt.
@@ -66,7 +66,8 @@ class Material:
     ) -> None:
         check_name(config.name)
         check_language(config.language)
-        self.config, self.run, self.reporter, self.reopened = config, run, reporter, reopened
+        self.config = self.given = config
+        self.run, self.reporter, self.reopened = run, reporter, reopened
         self.folder = RunFolder(run, reopened)
         reserved.check_settings(config)
         if config.scope == "prompt" and config.side != "input":
@@ -120,6 +121,7 @@ class Material:
         else:
             parts = (like.train, like.dev, like.held_out)
             self.train, self.dev, self.held_out = (self._encoded(part.pairs) for part in parts)
+        self.config = config.resolved(len(self.train), self.batch, self.scale)
         if reopened is None and like is None:
             report_start(self)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from ksl_patch.data.encoding import IGNORED, Example, collate
 from ksl_patch.errors import RunError
 from ksl_patch.overlay import training
 from ksl_patch.patch import Scope, Side
+from ksl_patch.train.config import Schedule
 from ksl_patch.train.interrupts import interrupts_noted
 from ksl_patch.train.loss import answer_logits
 from ksl_patch.train.progress import Reporter
@@ -37,6 +39,7 @@ class TuneSettings:
 
     damp_rare: Adam's epsilon is then the size of an average number's gradient when all are clipped to norm 1, so that
     a row which few examples touch moves in proportion to its gradient; plain Adam moves it as far as any other.
+    schedule, warmup: as in `BuildConfig`.
     """
 
     steps: int
@@ -47,9 +50,19 @@ class TuneSettings:
     checkpoint_every: int
     gradient_checkpointing: bool = False
     damp_rare: bool = False
+    schedule: Schedule = "linear"
+    warmup: float = 0.0
+
+    def optimiser(self, numbers: int) -> dict[str, int | float | str | bool]:
+        """The optimiser's hyper-parameters for so many trained numbers."""
+        return optimiser(
+            numbers, damp_rare=self.damp_rare, schedule=self.schedule, warmup_steps=math.ceil(self.warmup * self.steps)
+        )
 
 
-def optimiser(numbers: int, *, damp_rare: bool) -> dict[str, int | float | str | bool]:
+def optimiser(
+    numbers: int, *, damp_rare: bool, schedule: Schedule = "linear", warmup_steps: int = 0
+) -> dict[str, int | float | str | bool]:
     """The optimiser's hyper-parameters for so many trained numbers, by transformers' names for them."""
     return {
         "optim": "adamw_torch",
@@ -58,8 +71,8 @@ def optimiser(numbers: int, *, damp_rare: bool) -> dict[str, int | float | str |
         "adam_epsilon": numbers**-0.5 if damp_rare else 1e-8,
         "max_grad_norm": 1.0,
         "weight_decay": 0.0,  # decay would move rows that no example has
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 0,
+        "lr_scheduler_type": schedule,
+        "warmup_steps": warmup_steps,
     }
 
 
@@ -170,7 +183,7 @@ def _arguments(settings: TuneSettings, folder: Path, device: torch.device, numbe
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.lr,
         train_sampling_strategy="sequential",
-        **optimiser(numbers, damp_rare=settings.damp_rare),
+        **settings.optimiser(numbers),
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=device.type == "cpu",
