@@ -87,6 +87,15 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
     "-o P. Options count for all of them.",
 )
 @click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="With --config: build them side by side as tasks of Ray, on this machine or on the cluster of this address, a "
+    "GPU each or --ray-cpus cores. The folders of the patches are on storage that all nodes share.",
+)
+@click.option("--ray-cpus", type=click.IntRange(1), default=2, metavar="N", help="Cores of a task of Ray without GPU.")
+@click.option(
     "--template",
     default="plain",
     metavar="T",
@@ -219,7 +228,7 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
 @click.pass_context
 def build(
     context: click.Context, /, more: tuple[str, ...], config: Path | None, run: Path | None, yes: bool, as_json: bool,
-    force: bool, **options: Any,
+    force: bool, ray: str | None, ray_cpus: int, **options: Any,
 ) -> None:  # fmt: skip
     """Build a patch for one language from a base model and sentence pairs, or, with --config, one for each of many.
 
@@ -230,8 +239,10 @@ def build(
     if config is not None:
         from ksl_patch.cli.fleet import build_fleet
 
-        build_fleet(context, config, more, force=force, as_json=as_json)
+        build_fleet(context, config, more, force=force, as_json=as_json, ray=ray, ray_cpus=ray_cpus)
         return
+    if ray is not None:
+        raise click.UsageError("--ray is for the patches of a file: add --config F.")
     if more:
         raise click.UsageError(
             f"there is no option before {more[0]!r}: write --pairs, or --beside, before each of several files."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +23,13 @@ _EACH = ("base", "pairs", "language", "output", "name")  # what the file says, o
 
 
 def build_fleet(
-    context: click.Context, config: Path, names: tuple[str, ...], *, force: bool, as_json: bool
+    context: click.Context, config: Path, names: tuple[str, ...], *, force: bool, as_json: bool, ray: str | None,
+    ray_cpus: int,
 ) -> None:  # fmt: skip
-    """Build the patches of a file, or those of these names; exit with 1 if one of them failed."""
+    """Build the patches of a file, or those of these names; exit with 1 if one of them failed.
+
+    ray: the address of a cluster where they are built; None for here, one after the other.
+    """
     from ksl_patch.store.lock import read_recipes
 
     for name in _EACH:
@@ -49,10 +55,16 @@ def build_fleet(
     if launched(context.params["device"]).num_processes > 1:
         raise click.UsageError("several processes train one patch together: build those of a file without a launcher.")
     members = [
-        Member(BuildConfig(**each["config"]), wanted[name].file, each["run"] or kept_run(wanted[name].file), force)
+        Member(
+            BuildConfig(**each["config"]),
+            wanted[name].file,
+            (each["run"] or kept_run(wanted[name].file)).absolute(),
+            force,
+        )
         for name, each in settings.items()
     ]
-    outcomes = _built(members, as_json)
+    build = None if ray is None else _on_ray(ray, ray_cpus)
+    outcomes = _built(members, as_json, build)
     page = _report(config, members, outcomes, as_json)
     _say(config, members, outcomes, page, as_json)
     if any(each.state == "failed" for each in outcomes):
@@ -64,7 +76,8 @@ def _settings(
 ) -> dict[str, Any]:
     """The settings of one patch: the file's, and above them what the command line has."""
     try:
-        given = {"base": base, "name": name, "language": name} | recipe.options
+        here = str(Path(base).absolute()) if Path(base).is_dir() else base
+        given = {"base": here, "name": name, "language": name} | recipe.options
         if isinstance(beside := given.get("beside"), list | str):
             each = [beside] if isinstance(beside, str) else beside
             given["beside"] = [str(recipes[other].file) if other in recipes else other for other in each]
@@ -73,7 +86,7 @@ def _settings(
         above = given_in(context) - {"more", "config"}
         options = own.params | {key: context.params[key] for key in above}
         run = options.pop("run")
-        for key in ("more", "config", "yes", "as_json", "force"):
+        for key in ("more", "config", "yes", "as_json", "force", "ray", "ray_cpus"):
             options.pop(key)
         return {"config": settings_of(context, options, above | given_in(own)), "run": run}
     except click.UsageError as error:
@@ -113,7 +126,17 @@ def _arguments(command: click.Command, given: dict[str, Any]) -> list[str]:
     return found
 
 
-def _built(members: list[Member], as_json: bool) -> list[Outcome]:
+def _on_ray(address: str, cpus: int) -> Callable[..., list[Outcome]]:
+    try:
+        from ksl_patch.train.fleet_ray import Place, build_on_ray
+    except ImportError as error:
+        raise click.ClickException(f"--ray needs Ray: pip install 'ksl-patch[ray]' ({error}).") from error
+    return partial(build_on_ray, place=Place(address, cpus))
+
+
+def _built(
+    members: list[Member], as_json: bool, build: Callable[..., list[Outcome]] | None = None
+) -> list[Outcome]:  # fmt: skip
     from ksl_patch.terminal import PlainConsole
     from ksl_patch.train import fleet
     from ksl_patch.train.fleet_progress import FleetTable, NamedJson, NamedLines
@@ -134,7 +157,7 @@ def _built(members: list[Member], as_json: bool) -> list[Outcome]:
             console.print(f"{outcome.name}: failed: {outcome.error}", soft_wrap=True)
 
     with table or nullcontext():
-        return fleet.build_fleet(members, reporter_of, done)
+        return (build or fleet.build_fleet)(members, reporter_of=reporter_of, done=done)
 
 
 def _report(config: Path, members: list[Member], outcomes: list[Outcome], as_json: bool) -> Path | None:
