@@ -106,4 +106,4 @@ def test_ray_is_for_a_file(tmp_path):
     code, _, err = run_cli(
         "build", "--base", "b", "--pairs", "p", "--language", "es", "-o", tmp_path / "x.safetensors", "--ray"
     )
-        "build", "--base", "b", "--pairs", "p", "--language", "es", "-o", tmp_path / "x.safetensors", "--ray"
+    assert (code, "add --config" in err) == (2, True)
