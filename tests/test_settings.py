@@ -10,6 +10,7 @@ from conftest import run_cli
 
 from ksl_patch.base import find_embedding
 from ksl_patch.data.templates import make_template
+from ksl_patch.errors import RunError
 from ksl_patch.hf import load_base
 from ksl_patch.patch import Patch
 from ksl_patch.train.build import Build
@@ -122,3 +123,10 @@ def test_resolved_settings_stay_as_they_are():
 def test_the_scale_is_the_table_s(build, base_folder):
     table = find_embedding(load_base(str(base_folder), device="cpu")[0]).weight
     assert build().scale == pytest.approx(float(table.detach().std()))
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_base_in_parts_is_refused(build, monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(RunError, match="would cut the base into parts"):
+        build()

@@ -13,6 +13,8 @@ from ksl_patch.base import BaseIdentity, find_embedding, identify
 from ksl_patch.base.model_digests import model_digest
 from ksl_patch.errors import RunError
 
+_SHARDED = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
@@ -53,8 +55,15 @@ class Loaded:
 def launched(device: str | None) -> PartialState:
     """The processes that a launcher (torchrun) started to train together; one without a launcher.
 
-    device: what the user wants to train on. Raises RunError where the launcher's processes do not find each other.
+    device: what the user wants to train on. Raises RunError where the launcher's processes do not find each other, or
+    are to hold a part of the base each.
     """
+    for name, variable in _SHARDED.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise RunError(
+                f"{name} would cut the base into parts, of which its rows could not be trained here: the base is "
+                "frozen, so let each process have all of it (torchrun, or accelerate launch --multi_gpu)."
+            )
     state = PartialState(cpu=not torch.accelerator.is_available() or (device or "").startswith("cpu"))
     started = int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes != started:
