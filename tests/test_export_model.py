@@ -212,6 +212,18 @@ def test_a_shard_is_a_size(tmp_path, folder, arguments, sentence):
     assert (code, sentence in err) == (2, True)
 
 
+def test_the_card_says_how_a_chat_s_prompt_is_read_and_what_names_none(tmp_path, folder):
+    from ksl_patch.interop.checkpoint import card
+    from ksl_patch.merge import merge
+
+    chat = make_template("chat", source_language="en", language="es", tokenizer=load_base(str(folder))[1])
+    a, b = some(folder, "es", [400], template=chat), some(folder, "fra", [404])
+    text = card([a, merge(a, b, name="both")], "base", rows=2, untied=True)
+    assert "tokenise it with `add_special_tokens=False`" in text
+    assert text.count("```json") == 1
+    assert "It names no prompt: it was merged from es, fra, whose prompts it answers." in text
+
+
 def test_an_adapter_holds_one_patch(tmp_path, folder):
     some(folder, "a", [400]).save(tmp_path / "a.safetensors")
     file = tmp_path / "a.safetensors"

@@ -256,6 +256,9 @@ def test_tokens_that_the_pairs_have_are_left_alone(tmp_path, folder):
     [({"top_k": 11}, "11 rows asked for, and this base has 10 reserved tokens"),
      ({"template": f"{NAME.format(5)} {{source}}"}, "names <|reserved_special_token_5|> itself"),
      ({"template": "{reserved:9}{source}"}, "places 9 of the 4 reserved rows"),
+     ({"template": "soft", "top_k": 1}, "--top-k 2 or more"),
+     ({"template": "Hi {reserved:x}{source}"}, "{reserved:x} is no place"),
+     ({"template": "{Reserved}{source}"}, "{Reserved} is no place"), ({"scope": "prompt"}, "has scope 'all'"),
      ({"side": "input+output"}, "has side 'input'"), ({"mode": "transfer"}, "has mode 'partial'"),
      ({"top_k": None}, "needs top_k"),
      ({"selection": "frequency", "beside": ("x",)}, "by the selection 'reserved' only"),
@@ -317,12 +320,65 @@ def test_a_tokenizer_that_would_not_reach_the_rows_is_refused(patch, folder):
         patch.check(model, tokenizer)
 
 
-@pytest.mark.parametrize("extra", [("--start", "base"), ("--beside", "x.safetensors")])
-def test_their_options_are_theirs(tmp_path, folder, pairs_file, extra):
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [(("--start", "base"), "are for reserved rows"), (("--beside", "x.safetensors"), "are for reserved rows"),
+     (("--template", "soft"), "add --selection reserved"),
+     (("--selection", "reserved", "--top-k", 2, "--alpha", 0.1), "--alpha is a level of the KS test")],
+)  # fmt: skip
+def test_their_options_are_theirs(tmp_path, folder, pairs_file, extra, sentence):
     code, _, err = run_cli(
         "build", "--base", folder, "--pairs", pairs_file, "--language", "es", "-o", tmp_path / "x.safetensors", *extra
     )
-    assert (code, "are for reserved rows" in err) == (2, True)
+    assert (code, sentence in " ".join(err.split())) == (2, True)
+    assert "Loading" not in err
+
+
+def test_what_a_prompt_without_its_tokens_gets_is_said(tmp_path, folder, patch):
+    file, other = tmp_path / "es.safetensors", tmp_path / "fr.safetensors"
+    patch.save(file)
+    patch.with_meta(template=replace(patch.meta.template, unpatched="{source} =")).save(other)
+    common = ("generate", "--base", folder, "--max-new-tokens", 4, "--json")
+    code, bare, err = run_cli(*common, "--patch", file, "--patch", "base", "--prompt", "Hello", "--prompt", "Hello")
+    assert code == 0
+    assert "prompt 1 is not in the template" in err
+    assert "(and 1 more)" in err
+    texts = [json.loads(line)["text"] for line in bare.splitlines()]
+    assert texts[0] == texts[1]
+    # With the template the base gets the prompt without reserved tokens.
+    prompt = patch.meta.template.of_base().render("Hello")
+    _, asked, err = run_cli(
+        *common, "--patch", file, "--patch", "base", "--prompt", "Hello", "--prompt", "Hello", "--apply-template"
+    )
+    assert "Warning" not in err
+    _, wanted, _ = run_cli(*common, "--prompt", prompt)
+    assert json.loads(asked.splitlines()[1])["text"] == json.loads(wanted)["text"]
+    _, _, err = run_cli(
+        *common,
+        "--apply-template",
+        *(x for each in (file, other, "base") for x in ("--patch", each, "--prompt", "Hello")),
+    )
+    assert "the patches have different templates, so prompt 3, for the base, is as it was given" in " ".join(
+        err.split()
+    )
+
+
+def test_a_build_shows_its_prompt_and_says_when_it_gained_nothing(tmp_path, folder, pairs_file, monkeypatch):
+    class Notes(SilentReporter):
+        def __init__(self):
+            self.notes = {}
+
+        def note(self, event, message, **values):
+            self.notes[event] = message
+
+    reporter = Notes()
+    made = Build(config(folder, pairs_file), tmp_path / "run", reporter)
+    assert json.dumps(names(*FREE[:4]) + PLAIN) in reporter.notes["start"]
+    made.patch()
+    assert "no_gain" not in reporter.notes
+    monkeypatch.setattr(Build, "patched_loss", lambda *_: 99.0)
+    Build(config(folder, pairs_file, steps=2), tmp_path / "run", reporter).patch()
+    assert "no better than the base" in reporter.notes["no_gain"]
 
 
 @pytest.fixture(scope="module")

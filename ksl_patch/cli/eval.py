@@ -75,6 +75,9 @@ def eval(
             [f"{before['patch']} training seeds where this one has {seeds}"] if before.get("patch", 0) > seeds else []
         )
         it.check_replaces(old, less)
+        own_rule = it.patch.meta.ticket and it.patch.meta.ticket.selection
+        if own_rule in chosen and controls != "all":
+            it.reporter.note("left_out", f"{own_rule} is the patch's own selection, and no control beside it")
         systems = make_systems(it.patch, it.build, chosen, seeds)
         gone = [SYSTEMS.get(name, name) for name in before if name not in systems and name != "base"]
         replaced = it.check_replaces(old, [*less, *(f"the system {name!r}" for name in gone)])

@@ -82,7 +82,7 @@ def generate(
     for patch in loaded.values():
         patch.check(model, tokenizer)
 
-    templates = [patch.meta.template for patch in loaded.values()]
+    templates = [patch.meta.template and patch.meta.template.of_base() for patch in loaded.values()]
     shared = templates[0] if templates and all(each == templates[0] for each in templates) else None
     ids, ends, outside = [], [], []
     for number, (choice, prompt) in enumerate(zip(choices, texts, strict=True), start=1):
@@ -100,7 +100,14 @@ def generate(
             )
         elif apply_template and choice in loaded:
             outside.append(f"{choice} names no template, so prompt {number} is as it was given")
+        elif apply_template and any(templates):
+            outside.append(
+                f"the patches have different templates, so prompt {number}, for the base, is as it was given"
+            )
         ids += prompt_ids(tokenizer, [text], chat=chat)
+        own = loaded.get(choice)
+        if own and own.meta.side == "input" and set(ids[-1]).isdisjoint(own.token_ids.tolist()):
+            outside.append(f"prompt {number} has no token of {choice}, which changes nothing until an answer has one")
         ends.append(end)
     if outside:
         more = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""

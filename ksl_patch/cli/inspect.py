@@ -69,7 +69,7 @@ def with_base(patch: Patch, base: str, revision: str | None = None) -> tuple[lis
 def outside_in_words(row: dict[str, Any]) -> str:
     """A row of `Patch.outside` in a sentence."""
     return (
-        f"the row of token {row['token_id']} has the norm {row['norm']:.3g}, and the base's own rows have "
+        f"the row of token {row['token_id']} has the norm {row['norm']:.3g}, far from the base's own rows', which have "
         f"{row['smallest']:.3g} to {row['largest']:.3g}: a stronger control than any text is."
     )
 

@@ -52,4 +52,7 @@ def merge(
         f"{patch.digest[:12]}"
     )
     if dropped:
-        click.echo("They have different prompt templates, so it names none; each row acts in every prompt.")
+        click.echo(
+            "They have different prompt templates, so it names none: a row acts in every prompt that has its token. "
+            "The prompts are those of the patches it was made of; `export --format model` of these keeps them."
+        )

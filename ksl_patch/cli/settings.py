@@ -53,6 +53,14 @@ def settings_of(context: click.Context, options: dict[str, Any], given: set[str]
         )
     if options["selection"] != "reserved" and (options["beside"] or options["start"] != "text"):
         raise click.UsageError("--beside and --start are for reserved rows: add --selection reserved --top-k K.")
+    if options["alpha"] is not None and options["selection"] not in ("ks", "single"):
+        raise click.UsageError(f"--alpha is a level of the KS test, and --selection {options['selection']} has none.")
+    places = options["template"] == "soft" or "{reserved" in options["template"] + (options["system"] or "")
+    if places and (options["selection"] != "reserved" or options["rows"]):
+        raise click.UsageError(
+            "{reserved} in a template, and --template soft, are places of reserved rows: add --selection reserved "
+            "--top-k K."
+        )
     if options["rows"]:
         others = [name for name in ("alpha", "top_k") if options[name] is not None]
         if others or options["selection"] != "ks":

@@ -105,6 +105,11 @@ def template_fields(kind: str, system: str | None) -> list[str]:
     if system is not None and kind != "chat":
         raise RunError("a system prompt is for the chat template: add --template chat, or put it into the template.")
     text = (system or "") if kind in ("plain", "alpaca", "chat") else kind
+    if wrong := [each for each in re.findall(r"(?i)\{ *reserved[^}]*\}", text) if not _PLACE.fullmatch(each)]:
+        raise RunError(
+            f"the template's {wrong[0]} is no place of reserved rows: {{reserved}} is that of all of them, and "
+            "{reserved:N} of N."
+        )
     names = re.findall(r"\{([A-Za-z_][A-Za-z0-9_]*)\}", text)
     fields = [name for name in dict.fromkeys(names) if name not in ("source", "reserved")]
     check_fields(fields)
@@ -147,9 +152,11 @@ def _placed(texts: list[str], names: Sequence[str]) -> list[str]:
     own = sum(int(number) for number in places if number)
     shared = len(names) - own
     if shared < 0 or (shared == 0) == ("" in places) or "0" in places:
+        if texts == [SOFT]:
+            raise RunError("--template soft has reserved rows before the sentence and one after it: --top-k 2 or more.")
         raise RunError(
             f"the template places {own}{' and some more' if '' in places else ''} of the {len(names)} reserved rows: "
-            "{reserved:N} takes N for itself, and {reserved} stands for all others, at least one."
+            "{reserved:N} takes N for itself, and {reserved} stands for all others, at least one; write that for them."
         )
     rest = iter(names[shared:])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -63,6 +64,10 @@ def make_systems(
     plain = {seed: seeded.selecting("frequency", len(patch.token_ids)) for seed, seeded in builds.items()}
     without = [seed for seed, seeded in plain.items() if not seeded.is_embedding_tuned]
     if without:
+        prompt, kind = "", build.config.template
+        if build.reserved_ids and (kind == "soft" or "{reserved" in kind):
+            plain_text = build.template.of_base().text.replace("\n", "\\n")
+            prompt = f", --template {shlex.quote(plain_text)}"
         build.reporter.note(
             "left_out",
             "the tuned embedding is left out, and so are the controls ks and l2, which are chosen from it: "
@@ -70,7 +75,7 @@ def make_systems(
             f"for the seed {', '.join(map(str, without))}. "
             + (
                 f"The selection {selection!r} needs none; `ksl-patch build` with the same settings there, with "
-                "--selection ks and without --rows, makes it."
+                f"--selection ks{prompt} and without --rows, makes it."
                 if selection not in ("ks", "l2") and build.config.mode != "transfer"
                 else "It was deleted, or the base, the pairs or the template are other ones than it was tuned with."
             ),

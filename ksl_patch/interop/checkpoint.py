@@ -247,11 +247,17 @@ def _section(patch: Patch) -> str:
         ("licence", meta.licence),
     ]
     lines = [f"- {name}: {value if name == 'digest' else _line(str(value))}" for name, value in facts if value]
-    prompt = json.dumps(meta.template.text, ensure_ascii=False) if meta.template else "none is known"
-    return (
-        f"## {meta.name}\n\n" + "\n".join(lines) + "\n\nIts prompt, as a JSON string (`ksl_patch.json` has all of its "
-        f"template):\n\n{fenced(prompt, 'json')}"
-    )
+    head = f"## {meta.name}\n\n" + "\n".join(lines) + "\n\n"
+    if meta.template is None:
+        parts = ", ".join(_line(origin.name) for origin in meta.origin or ())
+        return head + f"It names no prompt{f': it was merged from {parts}, whose prompts it answers' if parts else ''}."
+    rest = ["`ksl_patch.json` has all of its template"]
+    if meta.template.chat:
+        rest.append("it has its special tokens, so tokenise it with `add_special_tokens=False`")
+    if meta.template.end_token_id is not None:
+        rest.append(f"an answer ends with the token {meta.template.end_token_id}, so stop there (`eos_token_id`)")
+    prompt = fenced(json.dumps(meta.template.text, ensure_ascii=False), "json")
+    return head + f"Its prompt, as a JSON string ({'; '.join(rest)}):\n\n{prompt}"
 
 
 def _line(text: str) -> str:

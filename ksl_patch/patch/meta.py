@@ -92,7 +92,8 @@ class TicketMeta:
     def rule(self) -> str:
         """The selection in words, such as "ks (p < 0.05, at most 32)"."""
         limits = [f"p < {self.alpha:g}"] if self.alpha else []
-        limits += [f"at most {self.top_k}"] if self.top_k else []
+        most = "at most " if self.selection == "ks" else ""
+        limits += [f"{most}{self.top_k}"] if self.top_k else []
         return f"{self.selection} ({', '.join(limits)})" if limits else self.selection
 
 

@@ -257,9 +257,9 @@ class Patch:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def outside(self, table: EmbeddingTable) -> list[dict[str, Any]]:
-        """Rows whose norm none of the base's own rows has: token_id, norm, and the smallest and largest norm there.
+        """Rows whose norm is far from any of the base's rows: token_id, norm, and the smallest and largest norm there.
 
-        table: the base's. Such a row is a stronger control over the model than any text is.
+        table: the base's. Far is half as large again, or as small: such a row controls a model more than any text does.
         """
         pieces = torch.split(torch.arange(table.vocab_size), 1 << 14)
         norms = torch.cat([table.rows(piece).float().norm(dim=1).cpu() for piece in pieces])
@@ -270,7 +270,7 @@ class Patch:
         return [
             {"token_id": i, "norm": norm, "smallest": low, "largest": high}
             for i, norm in zip(ids, own, strict=True)
-            if not low <= norm <= high
+            if not low / 1.5 <= norm <= high * 1.5
         ]
 
 

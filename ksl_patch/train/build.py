@@ -77,6 +77,8 @@ class Build(Material):
         if wanted == (config.selection == "reserved" and not config.rows) and (wanted or own == self.template):
             return self
         config = replace(config, selection=selection, rows=(), top_k=k, beside=(), mode="partial", side="input")
+        if wanted:
+            config = replace(config, scope="all")
         made = self._like(config, None if wanted else own)
         if wanted and made.template.chat and made.template.of_base() != own:
             raise RunError("the chat template gives another prompt now than the patch has, by its date, say.")
@@ -215,6 +217,8 @@ class Build(Material):
             loss_base=result.loss_base,
             loss_patch=result.loss_patch,
         )
+        if result.loss_base is not None and (result.loss_patch or 0) >= result.loss_base:
+            self.reporter.note("no_gain", "the patch is no better than the base there: train longer, or otherwise.")
         return write(result)
 
     def patched_loss(self, patch: Patch, pairs: Encoded | None = None) -> float:

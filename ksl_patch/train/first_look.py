@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ def report_start(of: Material) -> None:
     together = f", {processes} processes" if processes > 1 else ""
     lines = [
         f"{len(of.train)} pairs to train, {len(of.dev)} for choices, {len(of.held_out)} held out{together}",
+        f"the prompt: {json.dumps(of.template.text, ensure_ascii=False)}",
         f"learning rates {config.embed_lr * of.scale:.3g} (embedding) and {config.lr * of.scale:.3g} (rows), "
         f"which are {config.embed_lr:g} and {config.lr:g} of the standard deviation of the table's values, "
         f"{of.scale:.3g}",

@@ -37,6 +37,8 @@ def check_settings(config: BuildConfig) -> None:
         raise RunError("the selection 'reserved' needs top_k: nothing else says how many rows to take.")
     if config.side != "input":
         raise RunError("reserved rows act where a prompt has their tokens: the selection 'reserved' has side 'input'.")
+    if config.scope != "all":
+        raise RunError("reserved rows act in prompts alone as it is: the selection 'reserved' has scope 'all'.")
     if config.mode != "partial":
         raise RunError("reserved rows are tuned alone: the selection 'reserved' has mode 'partial'.")
 
