@@ -172,6 +172,18 @@ def test_rows_of_a_file_keep_ids_and_texts_apart(fleet):
     assert named_rows(None, None, tuple(arguments[1::2])) == (10, "10", "\n")
 
 
+def test_the_paper_s_file_is_one(tmp_path):
+    from ksl_patch.cli.build import build
+    from ksl_patch.cli.fleet import _arguments
+
+    base, recipes = read_recipes(Path(__file__).parents[1] / "examples" / "paper" / "patches.toml")
+    assert list(recipes) == ["ca", "de", "es", "ro"]
+    for name, recipe in recipes.items():
+        given = {"base": base, "language": name} | recipe.options
+        params = build.make_context("build", [*_arguments(build, given), "-o", str(recipe.file)]).params
+        assert (params["preset"], params["embed_lr"], params["held_out"]) == ("paper", 2e-5, 512)
+
+
 def test_a_base_that_is_not_there_is_said_once(fleet, base_folder, tmp_path):
     file = fleet(THREE)
     file.write_text(file.read_text().replace(str(base_folder), str(tmp_path / "nobase")))

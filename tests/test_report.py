@@ -205,7 +205,8 @@ def test_the_command_line_writes_the_page_from_the_patch_and_its_run(base_folder
     assert json.loads(out)["bytes"] == page.stat().st_size
     assert "rows as points, the 6 of the patch as diamonds" in Text(page.read_text()).text
     assert run_cli("report", path, "-o", page)[0] == 2
-    other = tmp_path / "alone.safetensors"
+    other = tmp_path / "elsewhere" / "alone.safetensors"  # beside the folder it would be found
+    other.parent.mkdir()
     other.write_bytes(path.read_bytes())
     code, _, err = run_cli("report", path, other, "-o", page, "--force")
     assert code == 0, err

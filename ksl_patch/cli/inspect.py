@@ -85,13 +85,11 @@ def _print(patch: Patch, size: int, limit: int, elsewhere: Elsewhere | None) -> 
 
     meta, base = patch.meta, patch.meta.base
     console = PlainConsole()
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
+    facts: list[tuple[str, str]] = []
 
     def fact(name: str, value: object) -> None:
         if value is not None:
-            facts.add_row(name, str(value))
+            facts.append((name, str(value)))
 
     fact("patch", meta.name)
     fact("language", meta.language)
@@ -106,6 +104,7 @@ def _print(patch: Patch, size: int, limit: int, elsewhere: Elsewhere | None) -> 
          f"{', tied head' if base.tied else ''}, fingerprint {base.fingerprint[:12]}")  # fmt: skip
     if meta.template:
         fact("template", repr(meta.template.text))
+        fact("for the base", meta.template.unpatched and repr(meta.template.unpatched))
     if meta.ticket:
         level = meta.ticket.level
         weak = sum(p >= level for p in meta.ticket.pvalue or ())
@@ -126,7 +125,16 @@ def _print(patch: Patch, size: int, limit: int, elsewhere: Elsewhere | None) -> 
         fact("merged from", ", ".join(f"{o.name} {o.digest[:12]} ({len(o.token_ids)} rows)" for o in meta.origin))
     fact("licence", meta.licence)
     fact("created", meta.created)
-    console.print(facts)
+    if console.is_terminal:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold")
+        grid.add_column(overflow="fold")
+        for line in facts:
+            grid.add_row(*line)
+        console.print(grid)
+    else:  # a prompt in it may be copied
+        for name, value in facts:
+            console.print(f"{name:<14}{value}", soft_wrap=True)
 
     parts, occur = occurrence_table(evaluation)
     rows = sorted(patch.row_facts(), key=lambda row: -(row["statistic"] or 0))
