@@ -12,6 +12,7 @@ import click
 
 from ksl_patch.cli.options import (
     PATH_OR_ID,
+    TRAIN,
     base_model_option,
     base_option,
     check_output,
@@ -19,6 +20,7 @@ from ksl_patch.cli.options import (
     device_option,
     json_option,
     kept_run,
+    needing,
     new_patch_options,
     one_or_several,
     revision_option,
@@ -253,15 +255,11 @@ def build(
     run = run or kept_run(output)
 
     starting(as_json)
-    try:
+    with needing(TRAIN):
         from ksl_patch.train.build import build as build_patch
         from ksl_patch.train.config import BuildConfig
         from ksl_patch.train.loaded import launched
         from ksl_patch.train.progress import JsonReporter, RichReporter, SilentReporter
-    except ImportError as error:
-        raise click.ClickException(
-            f"building needs the train extra: pip install 'ksl-patch[train]' ({error})."
-        ) from error
 
     state = launched(options["device"])
     leader, ask = state.is_main_process, not yes and state.num_processes == 1  # the others would wait

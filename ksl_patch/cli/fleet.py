@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ksl_patch.cli.options import kept_run, starting
+from ksl_patch.cli.options import TRAIN, kept_run, needing, starting
 from ksl_patch.cli.settings import given_in, settings_of
 
 if TYPE_CHECKING:
@@ -44,14 +44,10 @@ def build_fleet(
     settings = {name: _settings(context, config, name, base, recipe, recipes) for name, recipe in wanted.items()}
 
     starting(as_json)
-    try:
+    with needing(TRAIN):
         from ksl_patch.train.config import BuildConfig
         from ksl_patch.train.fleet import Member
         from ksl_patch.train.loaded import launched
-    except ImportError as error:
-        raise click.ClickException(
-            f"building needs the train extra: pip install 'ksl-patch[train]' ({error})."
-        ) from error
     if launched(context.params["device"]).num_processes > 1:
         raise click.UsageError("several processes train one patch together: build those of a file without a launcher.")
     members = [
@@ -127,10 +123,8 @@ def _arguments(command: click.Command, given: dict[str, Any]) -> list[str]:
 
 
 def _on_ray(address: str, cpus: int) -> Callable[..., list[Outcome]]:
-    try:
+    with needing("--ray needs Ray: pip install 'ksl-patch[ray]'"):
         from ksl_patch.train.fleet_ray import Place, build_on_ray
-    except ImportError as error:
-        raise click.ClickException(f"--ray needs Ray: pip install 'ksl-patch[ray]' ({error}).") from error
     return partial(build_on_ray, place=Place(address, cpus))
 
 

@@ -20,6 +20,7 @@ from ksl_patch.cli.options import (
     force_option,
     json_option,
     kept_run,
+    needing,
     one_or_several,
     output_option,
     starting,
@@ -207,15 +208,13 @@ def subject(
         raise click.UsageError("--pairs are those that the patch's build had, and this measures it without its build.")
 
     starting(as_json)
-    try:
+    with needing("this needs the train extra: pip install 'ksl-patch[train]'"):
         from ksl_patch.data.columns import Columns
         from ksl_patch.data.reading import read_pairs
         from ksl_patch.evidence.evaluate import encode_test
         from ksl_patch.hf import load_base
         from ksl_patch.train.progress import RichReporter
         from ksl_patch.train.reopen import reopen
-    except ImportError as error:
-        raise click.ClickException(f"this needs the train extra: pip install 'ksl-patch[train]' ({error}).") from error
 
     with RichReporter() as reporter:
         build = None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,18 @@ def new_patch_options(metavar: str, *, required: bool = True) -> Decorator:
         return output_option(metavar, what, required=required)(named)
 
     return decorate
+
+
+@contextmanager
+def needing(what: str) -> Iterator[None]:
+    """A `with` block of imports that an extra brings. what: who needs it, and how it is installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise click.ClickException(f"{what} ({error}).") from error
+
+
+TRAIN = "building needs the train extra: pip install 'ksl-patch[train]'"
 
 
 def check_output(output: Path, force: bool) -> None:

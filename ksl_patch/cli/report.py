@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ksl_patch.cli.options import REFERENCE, force_option, json_option, kept_run, output_option
+from ksl_patch.cli.options import REFERENCE, force_option, json_option, kept_run, needing, output_option
 
 
 @click.command()
@@ -31,13 +31,9 @@ def report(
     Several patches are compared first, then shown one by one. The page needs no network and no script, and can be read
     on a phone and printed. What was not measured is said to be missing: run `eval` and `certify` before.
     """
-    try:
+    with needing("reports need the report extra: pip install 'ksl-patch[report]'"):
         from ksl_patch.report.page import AllRows, make_report, write_report
         from ksl_patch.train.record import has_record
-    except ImportError as error:
-        raise click.ClickException(
-            f"reports need the report extra: pip install 'ksl-patch[report]' ({error})."
-        ) from error
 
     from ksl_patch.store.references import resolve
 

@@ -19,6 +19,7 @@ _ALPACA = (  # Stanford Alpaca's, with an input
     "### Response:\n"
 )
 _PLACE = re.compile(r"\{reserved(?::([0-9]{1,4}))?\}")
+_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _PROBE = "a <b> & \"c\" - 'd'"  # what a template may escape or rewrite
 
 
@@ -110,7 +111,7 @@ def template_fields(kind: str, system: str | None) -> list[str]:
             f"the template's {wrong[0]} is no place of reserved rows: {{reserved}} is that of all of them, and "
             "{reserved:N} of N."
         )
-    names = re.findall(r"\{([A-Za-z_][A-Za-z0-9_]*)\}", text)
+    names = _FIELD.findall(text)
     fields = [name for name in dict.fromkeys(names) if name not in ("source", "reserved")]
     check_fields(fields)
     return fields
@@ -131,7 +132,7 @@ def _without(text: str, names: Sequence[str]) -> str:
 def _has_words(text: str, tokenizer: Any) -> bool:
     """Whether a text, beside what is filled in and the tokenizer's own marks, tells a model what to do."""
     marks = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
-    return any(map(str.isalpha, re.sub("|".join([r"\{[A-Za-z_][A-Za-z0-9_]*\}", *marks]), "", text)))
+    return any(map(str.isalpha, re.sub("|".join([_FIELD.pattern, *marks]), "", text)))
 
 
 def _placed(texts: list[str], names: Sequence[str]) -> list[str]:

@@ -126,8 +126,9 @@ def write_checkpoint(
     transformers' class for the model has no place for them. Raises PatchError.
     """
     # Files of a tied model may hold its table once more, by the head's name.
-    head = next((name for name, module in model.named_modules() if module is find_embedding(model).head), None)
-    own = f"{head.rpartition('.')[2]}.weight" if head and find_embedding(model).tied else None
+    table = find_embedding(model)
+    head = next((name for name, module in model.named_modules() if module is table.head), None)
+    own = f"{head.rpartition('.')[2]}.weight" if head and table.tied else None
     untied = apply(merged, model)
     model.save_pretrained(made, max_shard_size=shard)
     tokenizer.save_pretrained(made)

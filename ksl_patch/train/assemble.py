@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,12 +76,11 @@ def assemble(of: Material, ticket: Ticket, rows: torch.Tensor) -> Patch:
 def _hyperparameters(of: Material, rows: int, partial: bool, tuned: bool) -> dict[str, int | float | str | bool]:
     """What the optimiser of the rows was set to; embed_: what is other in the embedding tuning before."""
     config, d = of.config, of.base.hidden_size
-    schedule = config.schedule
-    warmup, embed_warmup = (math.ceil(config.warmup * steps) for steps in (config.steps, config.embed_steps))
-    found = optimiser(rows * d, damp_rare=False, schedule=schedule, warmup_steps=warmup) if partial else {}
+    kind: dict[str, Any] = {"schedule": config.schedule, "warmup": config.warmup}
+    found = optimiser(rows * d, damp_rare=False, steps=config.steps, **kind) if partial else {}
     if tuned:
         n = np.count_nonzero(of.embed_counts) if config.side == "input" else of.base.vocab_size
-        embed = optimiser(int(n) * d, damp_rare=config.damp_rare, schedule=schedule, warmup_steps=embed_warmup)
+        embed = optimiser(int(n) * d, damp_rare=config.damp_rare, steps=config.embed_steps, **kind)
         found = found or {key: value for key, value in embed.items() if key != "adam_epsilon"}
         found |= {"damp_rare": config.damp_rare, "embed_adam_epsilon": embed["adam_epsilon"]}
         if config.warmup:

@@ -72,8 +72,7 @@ class Build(Material):
 
         Raises RunError where the base has too few reserved tokens, or no prompt for them that is this one otherwise.
         """
-        config, own = self.config, self.template.of_base()
-        wanted = selection == "reserved"
+        config, own, wanted = self.config, self.template.of_base(), selection == "reserved"
         if wanted == (config.selection == "reserved" and not config.rows) and (wanted or own == self.template):
             return self
         config = replace(config, selection=selection, rows=(), top_k=k, beside=(), mode="partial", side="input")
@@ -185,7 +184,7 @@ class Build(Material):
         """When a build ended here with this patch and description first: one that is run again gives the same file."""
         described = [digest, self.config.name, self.config.language, self.config.licence]
         key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
-        return str(self.folder.once(f"created-{key}.json", {"created": timestamp()})["created"])
+        return str(self.folder.once(f"created-{key}.json", lambda: {"created": timestamp()})["created"])
 
     def losses(self, patch: Patch) -> dict[str, Any] | None:
         """Loss per answer token of the base and the patch on the dev pairs; None when there are none.
@@ -196,11 +195,13 @@ class Build(Material):
             return None
         key = [patch.digest, self.loaded.digest, self.dev.examples, asdict(self.machine)]
         file = f"dev-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
-        if not (self.run / file).is_file():
+
+        def measured() -> dict[str, Any]:
             self.reporter.note("measuring", f"Measuring the loss on {len(self.dev)} dev pairs ...", pairs=len(self.dev))
             base = token_loss(self.model, self.of_base(self.dev).examples)
-            self.folder.once(file, {"base": base, "patch": self.patched_loss(patch)})
-        losses = self.folder.once(file, {})
+            return {"base": base, "patch": self.patched_loss(patch)}
+
+        losses = self.folder.once(file, measured)
         result = Evaluation(
             pairs=len(self.dev),
             data_digest=self.dev.digest,

@@ -287,6 +287,6 @@ class Material:
         key += [*names, *named]
         name = f"template-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
         try:
-            return TemplateMeta(**self.folder.once(name, asdict(made)))
+            return TemplateMeta(**self.folder.once(name, lambda: asdict(made)))
         except TypeError as error:
             raise RunError(f"cannot read {self.run / name} ({error}): delete it, and it is made again.") from error

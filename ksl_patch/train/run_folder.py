@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -39,11 +40,11 @@ class RunFolder:
     def _named(self, kind: str, key: dict[str, Any]) -> Path:
         return self.path / f"{kind}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 
-    def once(self, name: str, value: dict[str, Any]) -> dict[str, Any]:
-        """A value that a continued run takes from its beginning."""
+    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A value that a continued run takes from its beginning; made where it is not there."""
         file = self.path / name
         if not file.is_file():
-            keep(file, json.dumps(value).encode())
+            keep(file, json.dumps(make()).encode())
         try:
             return dict(json.loads(file.read_bytes()))
         except (OSError, ValueError) as error:

@@ -56,12 +56,12 @@ class TuneSettings:
     def optimiser(self, numbers: int) -> dict[str, int | float | str | bool]:
         """The optimiser's hyper-parameters for so many trained numbers."""
         return optimiser(
-            numbers, damp_rare=self.damp_rare, schedule=self.schedule, warmup_steps=math.ceil(self.warmup * self.steps)
+            numbers, damp_rare=self.damp_rare, schedule=self.schedule, warmup=self.warmup, steps=self.steps
         )
 
 
 def optimiser(
-    numbers: int, *, damp_rare: bool, schedule: Schedule = "linear", warmup_steps: int = 0
+    numbers: int, *, damp_rare: bool, schedule: Schedule = "linear", warmup: float = 0.0, steps: int = 0
 ) -> dict[str, int | float | str | bool]:
     """The optimiser's hyper-parameters for so many trained numbers, by transformers' names for them."""
     return {
@@ -72,7 +72,7 @@ def optimiser(
         "max_grad_norm": 1.0,
         "weight_decay": 0.0,  # decay would move rows that no example has
         "lr_scheduler_type": schedule,
-        "warmup_steps": warmup_steps,
+        "warmup_steps": math.ceil(warmup * steps),
     }
 
 
