@@ -5,7 +5,7 @@
 # make stress   threads, tasks, streams and continuous batching on one model for a minute, every answer checked
 # make gpu   what only a GPU can show: answers under CUDA graphs, speed, and of vLLM where it is installed
 # make study   what is not there yet of the figures of docs/experiments.md (two hours on two cores) and docs/reserved.md
-# make vllm   the tests with vLLM, in an environment of its own (3.5 GB)    make vllm-next   the same with vLLM 0.33
+# make -j 2 vllm   the tests with vLLM, in an environment of its own (3.5 GB)    make vllm-next   the same with vLLM 0.33
 # make matrix   architectures of vLLM, one after the other, for the table of docs/serving.md
 # make demo   two languages for Gemma 3 270M, about ten minutes on two cores, and what their patches do
 
@@ -21,15 +21,19 @@ PARALLEL ?= -n 2 --dist loadfile
 
 # vLLM's V2 runner on a CPU, and vLLM 0.33 there, which has no wheel for CPUs: its Python over 0.32's compiled parts.
 V2 := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 VLLM_ENABLE_V1_MULTIPROCESSING=0
-VLLM := KSL_PATCH_DEMO=$(abspath $(DEMO)) .venv-vllm/bin/python -m pytest
+# An engine starts on one core for half a minute, so two tests of vLLM run beside each other, on whichever is free.
+VLLM := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind KSL_PATCH_DEMO=$(abspath $(DEMO)) .venv-vllm/bin/python -m pytest
 NEXT := KSL_PATCH_DEMO=$(abspath $(DEMO)) VLLM_TARGET_DEVICE=cpu .venv-vllm-next/bin/python -m pytest
 
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: test lint site fast slow browser real vllm vllm-next matrix stress gpu demo model study bench clean
+.PHONY: test lint site fast slow browser real vllm vllm-v2 vllm-short vllm-engine vllm-serve vllm-next matrix stress gpu demo model study bench clean
 
-test: lint site fast slow browser real vllm
+test:
+	$(MAKE) -j 3 .venv/dev .venv-vllm/dev model
+	$(MAKE) lint site fast slow browser
+	$(MAKE) -j 2 --output-sync=target real vllm
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -50,12 +54,21 @@ browser: .venv/dev
 	$(BIN)/python -m pytest -m browser
 
 real: .venv/dev model
-	KSL_PATCH_DEMO=$(abspath $(DEMO)) $(BIN)/python -m pytest -m "real and not vllm"
+	OMP_NUM_THREADS=1 KSL_PATCH_DEMO=$(abspath $(DEMO)) $(BIN)/python -m pytest -m "real and not vllm"
 
-vllm: .venv-vllm/dev model
+vllm: vllm-engine vllm-v2 vllm-short vllm-serve
+
+vllm-engine: .venv-vllm/dev model
+	$(VLLM) tests/test_vllm.py
+
+vllm-v2: .venv-vllm/dev model
 	$(V2) $(VLLM) -m v2
+
+vllm-short: .venv-vllm/dev model
 	$(VLLM) tests/test_vllm_matrix.py -m short
-	$(VLLM) -m "vllm and not v2 and not matrix"
+
+vllm-serve: .venv-vllm/dev model
+	$(VLLM) -m "vllm and not v2 and not matrix" --ignore tests/test_vllm.py
 
 matrix: .venv-vllm/dev
 	$(VLLM) tests/test_vllm_matrix.py

@@ -69,7 +69,7 @@ def run_cli(*arguments):
 
 @pytest.fixture(scope="session", autouse=True)
 def threads():
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(scope="session")

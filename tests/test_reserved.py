@@ -363,7 +363,9 @@ def test_what_a_prompt_without_its_tokens_gets_is_said(tmp_path, folder, patch):
     )
 
 
-def test_a_build_shows_its_prompt_and_says_when_it_gained_nothing(tmp_path, folder, pairs_file, monkeypatch):
+def test_a_build_shows_its_prompt_and_its_rate_and_says_when_it_gained_nothing(
+    tmp_path, folder, pairs_file, monkeypatch
+):
     class Notes(SilentReporter):
         def __init__(self):
             self.notes = {}
@@ -374,7 +376,9 @@ def test_a_build_shows_its_prompt_and_says_when_it_gained_nothing(tmp_path, fold
     reporter = Notes()
     made = Build(config(folder, pairs_file), tmp_path / "run", reporter)
     assert json.dumps(names(*FREE[:4]) + PLAIN) in reporter.notes["start"]
-    made.patch()
+    assert "(rows)" in reporter.notes["start"] and "embedding)" not in reporter.notes["start"]
+    tunings = made.patch().meta.training.tunings
+    assert tunings.startswith(f"{made.config.steps} steps of the rows at learning rate ") and "embedding" not in tunings
     assert "no_gain" not in reporter.notes
     monkeypatch.setattr(Build, "patched_loss", lambda *_: 99.0)
     Build(config(folder, pairs_file, steps=2), tmp_path / "run", reporter).patch()

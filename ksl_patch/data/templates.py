@@ -145,7 +145,7 @@ def _placed(texts: list[str], names: Sequence[str]) -> list[str]:
         if places:
             raise RunError(
                 "{reserved} in a template, and --template soft, are places of reserved rows: "
-                "add --selection reserved --top-k K."
+                "add --selection reserved --top-k K, or, for tokens that --rows names, write their names there."
             )
         return texts
     if not places:

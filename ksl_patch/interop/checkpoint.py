@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ from ksl_patch.patch.wording import fenced
 
 SHARD = "5GB"
 PATCHES = "ksl_patch.json"  # what is in the tables, for programs
-_TERMS = re.compile(r"(licen[cs]e|notice|copying|use_policy|.*terms)[\w.-]*?(\.txt|\.md|\.html|\.pdf)?", re.IGNORECASE)
+_TERMS = [  # of the files' names, in letters of either case
+    "".join(f"[{letter}{letter.upper()}]" if letter.isalpha() else letter for letter in pattern)
+    for pattern in ("licen?e*", "notice*", "copying*", "*use_policy*", "*terms*")
+]
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
@@ -152,16 +156,17 @@ def files_of(base: str, revision: str | None = None) -> Path | None:
         return Path(base)
     from huggingface_hub import snapshot_download
 
-    terms = ["LICEN*", "licen*", "NOTICE*", "COPYING*", "*USE_POLICY*", "*.safetensors.index.json", *_PROCESSORS]
+    wanted = [*_TERMS, "*.safetensors.index.json", *_PROCESSORS]
     with suppress(Exception):  # of many kinds: no network, no such id
-        return Path(snapshot_download(base, revision=revision, allow_patterns=terms))
+        return Path(snapshot_download(base, revision=revision, allow_patterns=wanted))
     return None
 
 
 def _beside(folder: Path) -> list[Path]:
     """The licences of a base, and what prepares pictures for it."""
-    named = (file for file in sorted(folder.iterdir()) if _TERMS.fullmatch(file.name) or file.name in _PROCESSORS)
-    return [file for file in named if file.is_file() and file.suffix != ".safetensors"]
+    wanted = [*_TERMS, *_PROCESSORS]
+    files = (file for file in sorted(folder.iterdir()) if any(fnmatchcase(file.name, each) for each in wanted))
+    return [file for file in files if file.is_file() and file.suffix != ".safetensors"]
 
 
 def _check(folder: Path, model: Any) -> None:

@@ -132,6 +132,12 @@ class TrainingMeta:
         return f"{of} ({steps:,} steps x {self.batch_size})"
 
     @property
+    def tunings(self) -> str:
+        """Which tunings there were, such as "100 steps of the rows at learning rate 0.00611"."""
+        each = [("embedding", self.embed_steps, self.embed_lr), ("rows", self.steps, self.lr)]
+        return ", ".join(f"{steps} steps of the {what} at learning rate {lr:.3g}" for what, steps, lr in each if steps)
+
+    @property
     def settings(self) -> str:
         """The other hyper-parameters in words; empty where they are not known."""
         return ", ".join(f"{name} {value}" for name, value in (self.hyperparameters or {}).items())

@@ -58,7 +58,4 @@ def _training(patch: Patch) -> str:
     if t is None:
         return ""
     damped = "" if not t.hyperparameters else f", rare rows damped: {t.hyperparameters.get('damp_rare', 'not tuned')}"
-    return (
-        f"{t.mode}, scope {patch.meta.scope}, {t.embed_steps} + {t.steps} steps x {t.batch_size} at {t.embed_lr:.3g} "
-        f"and {t.lr:.3g}, seed {t.seed}{damped}"
-    )
+    return f"{t.mode}, scope {patch.meta.scope}, {t.tunings}, batch {t.batch_size}, seed {t.seed}{damped}"

@@ -221,8 +221,7 @@ def _provenance(patch: Patch, evaluation: Evaluation | None) -> list[tuple[str, 
         lines += [
             ("training", f"{t.mode}, seed {t.seed}, {t.optimiser}"),
             ("training read", t.read),
-            ("embedding tuning", f"{t.embed_steps} steps, learning rate {t.embed_lr:.3g}"),
-            ("row tuning", f"{t.steps} steps, learning rate {t.lr:.3g}"),
+            ("tuned", t.tunings),
             ("training data", t.data_digest),
         ]
         if t.settings:

@@ -37,9 +37,7 @@ def assemble(of: Material, ticket: Ticket, rows: torch.Tensor) -> Patch:
         )
     finally:
         table.weight.data = table.weight.data.to(compute)
-    whole = ticket.selection == "all"
-    partial = config.mode == "partial" and not whole
-    tuned = not partial or ticket.selection in ("ks", "l2")
+    tuned, partial = config.trains(ticket.selection)
     steps = max(config.steps if partial else 0, config.embed_steps if tuned else 0)
     read = of.pairs_read_in(steps)
     return patch.with_meta(
@@ -53,7 +51,7 @@ def assemble(of: Material, ticket: Ticket, rows: torch.Tensor) -> Patch:
             pvalue=None if ticket.pvalue is None else ticket.pvalue.tolist(),
         ),
         training=TrainingMeta(
-            mode="transfer" if whole else config.mode,
+            mode="partial" if partial else "transfer",
             steps=config.steps if partial else 0,
             lr=config.lr * of.scale if partial else 0.0,
             optimiser=f"AdamW, weight decay 0, {config.schedule} decay",

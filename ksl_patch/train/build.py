@@ -137,7 +137,7 @@ class Build(Material):
         whatever `k` says.
         """
         config = self.config
-        selection = selection or ("given" if config.rows else config.selection)
+        selection = selection or config.rule
         k = k or config.top_k
         if selection == "given":
             return given(self)
@@ -168,8 +168,7 @@ class Build(Material):
             selection=ticket.selection,
             token_ids=ticket.token_ids.tolist(),
         )
-        own = "given" if self.config.rows else self.config.selection
-        if self.reopened is None and ticket.selection == own:
+        if self.reopened is None and ticket.selection == self.config.rule:
             report_weak_rows(self, ticket)
         if self.config.mode == "transfer":
             tuned_ids, rows = self.embedding()

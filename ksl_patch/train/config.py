@@ -74,6 +74,16 @@ class BuildConfig:
     device: str | None = None
     base_model: str | None = None
 
+    @property
+    def rule(self) -> Selection:
+        """What its rows are chosen by."""
+        return "given" if self.rows else self.selection
+
+    def trains(self, selection: Selection | Literal["all"]) -> tuple[bool, bool]:
+        """Whether rows of a selection come from a tuning of the embedding, and whether from one of their own."""
+        alone = self.mode == "partial" and selection != "all"
+        return not alone or selection in ("ks", "l2"), alone
+
     def resolved(self, pairs: int, batch: int, scale: float) -> BuildConfig:
         """The same with steps in place of epochs, and learning rates in the unit of others.
 

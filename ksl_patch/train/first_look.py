@@ -39,13 +39,17 @@ def report_pairs(of: Material, read: Sequence[Pair], reading: Reading) -> None:
 def report_start(of: Material) -> None:
     """How many pairs there are of each kind, and the learning rates in the table's own units."""
     config, processes = of.config, of.processes
+    embedding, rows = config.trains(config.rule)
+    rates = [
+        (name, lr) for name, lr, used in (("embedding", config.embed_lr, embedding), ("rows", config.lr, rows)) if used
+    ]
     together = f", {processes} processes" if processes > 1 else ""
     lines = [
         f"{len(of.train)} pairs to train, {len(of.dev)} for choices, {len(of.held_out)} held out{together}",
         f"the prompt: {json.dumps(of.template.text, ensure_ascii=False)}",
-        f"learning rates {config.embed_lr * of.scale:.3g} (embedding) and {config.lr * of.scale:.3g} (rows), "
-        f"which are {config.embed_lr:g} and {config.lr:g} of the standard deviation of the table's values, "
-        f"{of.scale:.3g}",
+        f"learning rate{'s' * (len(rates) > 1)} "
+        + " and ".join(f"{lr * of.scale:.3g} ({name}), {lr:g}" for name, lr in rates)
+        + f" of the standard deviation of the table's values, {of.scale:.3g}",
     ]
     of.reporter.note(
         "start",
@@ -55,8 +59,8 @@ def report_start(of: Material) -> None:
         held_out=len(of.held_out),
         processes=processes,
         scale=of.scale,
-        embed_lr=config.embed_lr * of.scale,
-        lr=config.lr * of.scale,
+        embed_lr=config.embed_lr * of.scale if embedding else None,
+        lr=config.lr * of.scale if rows else None,
         run=str(of.run),
     )
 
