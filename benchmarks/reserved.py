@@ -129,7 +129,7 @@ class Study:
     def losses(self, build, patch, held_out):
         """As outputs, of which the losses alone are looked at."""
         with attach(build.model) as handle, handle.serving(0 if patch is None else handle.bank.add(slot_rows(patch))):
-            losses, tokens = answer_losses(build.model, held_out.examples, handle=handle)
+            losses, tokens = answer_losses(build.model, held_out.examples, marking=handle.marking)
         n = len(held_out)
         return Outputs([""] * n, [True] * n, losses, tokens, [[]] * n)
 

@@ -291,7 +291,7 @@ class Study:
                 with attach(build.model) as handle:
                     slot = 0 if system is None else handle.bank.add(slot_rows(system))
                     with handle.serving(slot):
-                        losses, tokens = answer_losses(build.model, examples, handle=handle)
+                        losses, tokens = answer_losses(build.model, examples, marking=handle.marking)
                 found[language][name] = sum(losses) / sum(tokens)
         return found
 

@@ -121,6 +121,12 @@ class TrainedRows(nn.Module):
         self.register_buffer("token_ids", patch.token_ids.to(device), persistent=False)
         self._head_bias, self._prompt_only = getattr(table.head, "bias", None), patch.prompt_only
 
+    @contextmanager
+    def marking(self, mask: torch.Tensor) -> Iterator[None]:
+        """A `with` block whose forward passes have the prompt where mask bool [B, T] says."""
+        self.prompt = mask
+        yield
+
     def embed(
         self, token_ids: torch.Tensor, embeddings: torch.Tensor, scale: torch.Tensor | float | None = None
     ) -> torch.Tensor:

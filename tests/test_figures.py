@@ -920,11 +920,11 @@ def test_scope_prompt_trains_what_it_serves(config, tmp_path):
         rows.prompt = batch["labels"] == IGNORED
         trained = float(made.model(**batch).loss)
     with attach(made.model) as handle, handle.serving(handle.bank.add(slot_rows(patch))):
-        measured = token_loss(made.model, made.dev.examples[:4], handle=handle)
+        measured = token_loss(made.model, made.dev.examples[:4], marking=handle.marking)
     assert trained == pytest.approx(measured, rel=1e-5)
     unscoped = dataclasses.replace(slot_rows(patch), prompt_only=False)
     with attach(made.model) as handle, handle.serving(handle.bank.add(unscoped)):
-        assert trained != pytest.approx(token_loss(made.model, made.dev.examples[:4], handle=handle), rel=1e-5)
+        assert trained != pytest.approx(token_loss(made.model, made.dev.examples[:4], marking=handle.marking), rel=1e-5)
     with pytest.raises(RunError, match="scope 'prompt' needs side 'input'"):
         Build(dataclasses.replace(config, scope="prompt", side="input+output"), tmp_path, SilentReporter())
 

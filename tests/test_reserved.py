@@ -214,7 +214,7 @@ def test_training_starts_from_the_instruction_or_from_the_rows_themselves(tmp_pa
     # Without words of its own, those of the plain instruction.
     assert start_ids(built(tmp_path, folder, pairs_file, template="soft"), 40) == words
     keys = [
-        built(tmp_path, folder, pairs_file, start=start)._tune_key(3, 0.1, build.ticket()) for start in ("text", "base")
+        built(tmp_path, folder, pairs_file, start=start).key_of(3, 0.1, build.ticket()) for start in ("text", "base")
     ]
     assert keys[0] != keys[1]
 
@@ -376,9 +376,11 @@ def test_a_build_shows_its_prompt_and_its_rate_and_says_when_it_gained_nothing(
     reporter = Notes()
     made = Build(config(folder, pairs_file), tmp_path / "run", reporter)
     assert json.dumps(names(*FREE[:4]) + PLAIN) in reporter.notes["start"]
-    assert "(rows)" in reporter.notes["start"] and "embedding)" not in reporter.notes["start"]
+    assert "(rows)" in reporter.notes["start"]
+    assert "(embedding)" not in reporter.notes["start"]
     tunings = made.patch().meta.training.tunings
-    assert tunings.startswith(f"{made.config.steps} steps of the rows at learning rate ") and "embedding" not in tunings
+    assert tunings.startswith(f"{made.config.steps} steps of the rows at learning rate ")
+    assert "embedding" not in tunings
     assert "no_gain" not in reporter.notes
     monkeypatch.setattr(Build, "patched_loss", lambda *_: 99.0)
     Build(config(folder, pairs_file, steps=2), tmp_path / "run", reporter).patch()

@@ -70,9 +70,9 @@ def test_schedules_and_warm_up_are_trained_and_written_down(build):
 
 
 def test_stages_of_the_usual_settings_keep_their_names(build):
-    key = build()._tune_key(3, 0.1, None)
+    key = build().key_of(3, 0.1, None)
     assert not {"schedule", "warmup"} & key.keys()
-    changed = build(schedule="cosine", warmup=0.1)._tune_key(3, 0.1, None)
+    changed = build(schedule="cosine", warmup=0.1).key_of(3, 0.1, None)
     assert (changed["schedule"], changed["warmup"]) == ("cosine", 0.1)
 
 

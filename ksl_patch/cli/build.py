@@ -26,7 +26,7 @@ from ksl_patch.cli.options import (
     revision_option,
     starting,
 )
-from ksl_patch.cli.settings import PRESETS, given_in, settings_of
+from ksl_patch.cli.settings import MOST_STEPS, PRESETS, Steps, given_in, settings_of
 from ksl_patch.terminal import counted
 
 
@@ -171,7 +171,14 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
     help="Let a row that few pairs touch move less in it, by a large epsilon of Adam. It decides how frequent the "
     "tokens of a ticket are: see docs/experiments.md.",
 )
-@click.option("--steps", type=click.IntRange(1), default=100, help="Steps of the partial tuning.")
+@click.option(
+    "--steps",
+    type=Steps(),
+    metavar="N|auto",
+    default=100,
+    help=f"Steps of the partial tuning; with auto it ends when the loss on validation pairs falls no more, after "
+    f"{MOST_STEPS} at most, and the best rows are kept.",
+)
 @click.option(
     "--lr", type=click.FloatRange(0, min_open=True), default=0.15, help="Its learning rate, in the same unit."
 )
@@ -207,6 +214,9 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
     help="Seed of the split into training, dev and held-out pairs.",
 )
 @click.option("--dev", type=click.IntRange(0), default=64, help="Pairs kept from training to compare builds on.")
+@click.option(
+    "--validation", type=click.IntRange(1), default=64, help="Pairs kept from training for --steps auto to stop by."
+)
 @click.option(
     "--held-out", type=click.IntRange(0), default=64, help="Pairs kept from training and choices, for eval's figures."
 )

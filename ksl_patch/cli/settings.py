@@ -7,6 +7,10 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
+
+AUTO = "auto"  # of --steps
+MOST_STEPS = 1000  # of a tuning that stops by itself
 
 # KS-Lottery's own, as others report them: the paper's prompt and batch are not published. Its embedding tuning has a
 # learning rate of 2e-5 in 3 epochs, its partial tuning 1e-2 in 5, of 10,000 pairs; batch, schedule, warm-up and prompt
@@ -18,6 +22,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "template": "alpaca",
     },
 }  # fmt: skip
+
+
+class Steps(click.ParamType[Any]):
+    """A number of steps, or `AUTO`."""
+
+    name = "steps"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, or `AUTO`."""
+        return AUTO if value == AUTO else click.IntRange(1).convert(value, param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """`AUTO`, where it may become that."""
+        return [CompletionItem(AUTO)] if AUTO.startswith(incomplete) else []
 
 
 def given_in(context: click.Context) -> set[str]:
@@ -43,6 +61,14 @@ def settings_of(context: click.Context, options: dict[str, Any], given: set[str]
                 name = steps.replace("_", "-")
                 raise click.UsageError(f"--{name} and --{epochs.replace('_', '-')} say the same: give one of the two.")
             options[epochs] = None
+    auto = options["steps"] == AUTO
+    if "validation" in given and not auto:
+        raise click.UsageError("--validation is for --steps auto, which stops by these pairs.")
+    if auto:
+        for name in ("schedule", "warmup"):
+            if name in given:
+                raise click.UsageError(f"--{name} plans the steps, and --steps auto has none to plan: leave out one.")
+        options |= {"steps": MOST_STEPS, "auto_steps": True}
     settings = dict(options)
     output: Path = settings.pop("output")
     if options["selection"] == "single" and (options["alpha"], options["top_k"]) != (None, None):

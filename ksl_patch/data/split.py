@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 
 import numpy as np
@@ -16,7 +16,7 @@ from ksl_patch.errors import DataError
 
 @dataclass(frozen=True)
 class PairSplit:
-    """PairSplit for training, for choices between patches (dev), and for the figures (held_out).
+    """Pairs for training, for its end (validation), for choices between patches (dev), for the figures (held_out).
 
     No source is in two of them. duplicates: how many were left out since their source occurs before. unused: how many
     belong to what is held out (a document, a source) and are not measured.
@@ -27,10 +27,11 @@ class PairSplit:
     held_out: list[Pair]
     duplicates: int
     unused: int
+    validation: list[Pair] = field(default_factory=list)
 
 
-def split_pairs(pairs: Sequence[Pair], *, held_out: int, dev: int = 0, seed: int = 0) -> PairSplit:
-    """Drop repeated sources, set `held_out` and `dev` pairs aside, keep the others to train.
+def split_pairs(pairs: Sequence[Pair], *, held_out: int, dev: int = 0, validation: int = 0, seed: int = 0) -> PairSplit:
+    """Drop repeated sources, set `held_out`, `dev` and `validation` pairs aside, keep the others to train.
 
     A hash of a pair's source, or of its document where it has one, says on which side it is: another pair in the file
     moves no more than itself and one at each border. No document is on two sides. What is set aside is in turns from
@@ -46,7 +47,7 @@ def split_pairs(pairs: Sequence[Pair], *, held_out: int, dev: int = 0, seed: int
     kept.sort(key=place)
     parts: list[list[Pair]] = []
     begin = 0
-    for wanted in (held_out, dev):
+    for wanted in (held_out, dev, validation):
         end = begin + wanted
         while wanted and 0 < end < len(kept) and place(kept[end])[0] == place(kept[end - 1])[0]:
             end += 1  # to the end of the document, or of what has this source
@@ -55,22 +56,25 @@ def split_pairs(pairs: Sequence[Pair], *, held_out: int, dev: int = 0, seed: int
     if begin >= len(kept):
         n = len({pair.group for pair in kept})
         documents = f" in {n} document{'s' if n > 1 else ''}, which stay whole" if any(p.group for p in kept) else ""
+        stop, option = (f" and {validation} to stop by", ", --validation") if validation else ("", "")
         raise DataError(
-            f"{held_out} pairs are to be held out and {dev} kept for choices, but there are only {len(kept)} with "
-            f"different sources{documents}; give more pairs or hold out fewer (--held-out, --dev)."
+            f"{held_out} pairs are to be held out and {dev} kept for choices{stop}, but there are only {len(kept)} "
+            f"with different sources{documents}; give more pairs or hold out fewer (--held-out, --dev{option})."
         )
     # One source may be in several documents, with other fields: it is on the side of the figures, then of the choices.
-    test = parts[0][:held_out]
-    known = {pair.key for pair in parts[0]}
-    choice = [pair for pair in parts[1] if pair.key not in known][:dev]
-    known |= {pair.key for pair in parts[1]}
+    known: set[str] = set()
+    aside = []
+    for part, wanted in zip(parts, (held_out, dev, validation), strict=True):
+        aside.append([pair for pair in part if pair.key not in known][:wanted])
+        known |= {pair.key for pair in part}
     train = [pair for pair in kept[begin:] if pair.key not in known]
     return PairSplit(
         train=train,
-        dev=choice,
-        held_out=test,
+        held_out=aside[0],
+        dev=aside[1],
+        validation=aside[2],
         duplicates=len(pairs) - len(kept),
-        unused=len(kept) - len(train) - len(test) - len(choice),
+        unused=len(kept) - len(train) - sum(map(len, aside)),
     )
 
 

@@ -81,7 +81,7 @@ def measured(model: Any, tokenizer: Any, patch: Patch | None) -> dict[str, Any]:
         read = 0 if patch is None else handle.bank.add(replace(slot_rows(patch), prompt_only=False))
         with handle.serving(read):
             # The first token has nothing before it to be told from.
-            losses, tokens = answer_losses(model, [Example(ids[:1], ids[1:]) for ids in texts], handle=handle)
+            losses, tokens = answer_losses(model, [Example(ids[:1], ids[1:]) for ids in texts], marking=handle.marking)
         outputs = complete(model, tokenizer, prompts, [slot] * len(prompts), handle, _NEW_TOKENS, None)
     return {"losses": losses, "tokens": tokens, "outputs": [list(output.token_ids) for output in outputs]}
 

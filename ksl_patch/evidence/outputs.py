@@ -118,7 +118,7 @@ def outputs_of(
     with attach(model) as handle:
         slot = 0 if patch is None else handle.bank.add(slot_rows(patch))
         with handle.serving(slot):
-            losses, tokens = answer_losses(model, held_out.examples, handle=handle)
+            losses, tokens = answer_losses(model, held_out.examples, marking=handle.marking)
     completions = translate(model, tokenizer, held_out.examples, patch, max_new_tokens=max_new_tokens, advance=advance)
     reporter.end()
     outputs = of_completions(completions, losses, tokens)

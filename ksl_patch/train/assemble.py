@@ -12,11 +12,11 @@ from ksl_patch.data.pairs import data_digest
 from ksl_patch.data.sketch import sketch
 from ksl_patch.patch import Patch, TicketMeta, TrainingMeta
 from ksl_patch.ticket import Ticket
-from ksl_patch.train.material import Material
 from ksl_patch.train.tune import optimiser
+from ksl_patch.train.tuning import Tuning
 
 
-def assemble(of: Material, ticket: Ticket, rows: torch.Tensor) -> Patch:
+def assemble(of: Tuning, ticket: Ticket, rows: torch.Tensor) -> Patch:
     """The patch of some rows, float32 [k, d], cast to the base's own dtype."""
     config = of.config
     table = find_embedding(of.model)
@@ -38,8 +38,9 @@ def assemble(of: Material, ticket: Ticket, rows: torch.Tensor) -> Patch:
     finally:
         table.weight.data = table.weight.data.to(compute)
     tuned, partial = config.trains(ticket.selection)
-    steps = max(config.steps if partial else 0, config.embed_steps if tuned else 0)
-    read = of.pairs_read_in(steps)
+    steps, auto = of.steps_of(ticket), partial and config.auto_steps
+    decay = "best average of the rows by validation loss" if auto else f"{config.schedule} decay"
+    read = of.pairs_read_in(max(steps, config.embed_steps if tuned else 0))
     return patch.with_meta(
         base=of.base,
         ticket=TicketMeta(
@@ -52,9 +53,9 @@ def assemble(of: Material, ticket: Ticket, rows: torch.Tensor) -> Patch:
         ),
         training=TrainingMeta(
             mode="partial" if partial else "transfer",
-            steps=config.steps if partial else 0,
+            steps=steps,
             lr=config.lr * of.scale if partial else 0.0,
-            optimiser=f"AdamW, weight decay 0, {config.schedule} decay",
+            optimiser=f"AdamW, weight decay 0, {decay}",
             batch_size=of.batch,
             seed=config.seed,
             data_digest=data_digest(of.pairs.train),
@@ -62,20 +63,25 @@ def assemble(of: Material, ticket: Ticket, rows: torch.Tensor) -> Patch:
             embed_steps=config.embed_steps if tuned else 0,
             embed_lr=config.embed_lr * of.scale if tuned else 0.0,
             embedding_scale=of.scale,
-            pairs_read=len(of.pairs_read_in(config.steps)) if partial else 0,
+            pairs_read=len(of.pairs_read_in(steps)) if partial else 0,
             embed_pairs_read=len(of.pairs_read_in(config.embed_steps)) if tuned else 0,
             processes=of.processes,
-            hyperparameters=_hyperparameters(of, len(ticket), partial, tuned),
+            hyperparameters=_hyperparameters(of, len(ticket), partial, tuned, auto),
             sources=sketch(read),
         ),
     )
 
 
-def _hyperparameters(of: Material, rows: int, partial: bool, tuned: bool) -> dict[str, int | float | str | bool]:
+def _hyperparameters(
+    of: Tuning, rows: int, partial: bool, tuned: bool, auto: bool
+) -> dict[str, int | float | str | bool]:
     """What the optimiser of the rows was set to; embed_: what is other in the embedding tuning before."""
     config, d = of.config, of.base.hidden_size
     kind: dict[str, Any] = {"schedule": config.schedule, "warmup": config.warmup}
-    found = optimiser(rows * d, damp_rare=False, steps=config.steps, **kind) if partial else {}
+    own: dict[str, Any] = {"schedule": "constant"} if auto else {**kind, "steps": config.steps}
+    found = optimiser(rows * d, damp_rare=False, **own) if partial else {}
+    if auto:
+        found |= {"validation_pairs": len(of.validation), "most_steps": config.steps}
     if tuned:
         n = np.count_nonzero(of.embed_counts) if config.side == "input" else of.base.vocab_size
         embed = optimiser(int(n) * d, damp_rare=config.damp_rare, steps=config.embed_steps, **kind)

@@ -29,13 +29,11 @@ from ksl_patch.ticket import Selection, Ticket, frequency_ticket, ks_ticket, l2_
 from ksl_patch.train.assemble import assemble
 from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.loss import token_loss
-from ksl_patch.train.material import Material
 from ksl_patch.train.progress import Reporter, SilentReporter, noting_warnings
 from ksl_patch.train.record import Record, keep, note_use, read_tests, recorded, write_record
-from ksl_patch.train.reserved import start_ids, start_rows
 from ksl_patch.train.single import single
 from ksl_patch.train.ticket_checks import given, report_weak_rows
-from ksl_patch.train.tune import TuneSettings, tune_rows
+from ksl_patch.train.tuning import Tuning
 
 
 def build(config: BuildConfig, run: Path, reporter: Reporter | None = None) -> Patch:
@@ -46,15 +44,15 @@ def build(config: BuildConfig, run: Path, reporter: Reporter | None = None) -> P
     return Build(config, run, reporter or SilentReporter()).patch()
 
 
-class Build(Material):
+class Build(Tuning):
     """A build whose stages are computed once, on demand, and kept in the run folder."""
 
     def patch(self) -> Patch:
         """Run whatever is not done yet, and measure the loss of the result on the dev pairs."""
         patch = self.patch_of(self.ticket())
         patch = patch.with_meta(evaluation=self.losses(patch), created=self._created(patch.digest))
-        tested = (self._embedding_folder / "ks.npz").is_file()
-        tests = self._embedding_folder.name if tested else None
+        tested = (self.embedding_folder / "ks.npz").is_file()
+        tests = self.embedding_folder.name if tested else None
         record = Record(recorded(asdict(self.given)), tests, self.examples_digest, self.machine)
         write_record(self.run, patch.digest, record)
         return patch
@@ -90,7 +88,7 @@ class Build(Material):
     @property
     def is_embedding_tuned(self) -> bool:
         """Whether the result of the embedding tuning is in the run folder."""
-        return (self._embedding_folder / "rows.safetensors").is_file()
+        return (self.embedding_folder / "rows.safetensors").is_file()
 
     def embedding_patch(self) -> Patch:
         """The tuned embedding in a patch's form: every row that the tuning read, and so could change."""
@@ -106,12 +104,12 @@ class Build(Material):
         config = self.config
         ids = np.flatnonzero(self.embed_counts) if config.side == "input" else np.arange(self.base.vocab_size)
         token_ids = torch.from_numpy(ids)
-        rows = self._tune("embedding tuning", "embed", token_ids, config.embed_steps, config.embed_lr, None)
+        rows = self.tune("embedding tuning", "embed", token_ids, config.embed_steps, config.embed_lr, None)
         return token_ids, rows
 
     def ks(self) -> KSResult:
         """Stage 2. The test of every row, kept in `ks.npz` with the counts of the tokens in training."""
-        file = self._embedding_folder / "ks.npz"
+        file = self.embedding_folder / "ks.npz"
         if file.is_file():
             saved = read_tests(file)
             message = f"embedding tuning and its test: already done in {file.parent}"
@@ -173,7 +171,7 @@ class Build(Material):
         if self.config.mode == "transfer":
             tuned_ids, rows = self.embedding()
             return rows[torch.searchsorted(tuned_ids, token_ids)]
-        return self._tune("partial tuning", "partial", token_ids, self.config.steps, self.config.lr, ticket)
+        return self.tune("partial tuning", "partial", token_ids, self.config.steps, self.config.lr, ticket)
 
     def patch_from(self, ticket: Ticket, rows: torch.Tensor) -> Patch:
         """The patch of some rows, float32 [k, d], cast to the base's own dtype."""
@@ -224,76 +222,8 @@ class Build(Material):
     def patched_loss(self, patch: Patch, pairs: Encoded | None = None) -> float:
         """Loss per answer token of the model with the patch's stored rows, on the dev pairs by default."""
         with attach(self.model) as handle, handle.serving(handle.bank.add(slot_rows(patch))):
-            return token_loss(self.model, (self.dev if pairs is None else pairs).examples, handle=handle)
+            return token_loss(self.model, (self.dev if pairs is None else pairs).examples, marking=handle.marking)
 
     def note_use(self, pairs: Encoded, patch: Patch) -> int:
         """Remember that a patch was measured on pairs; how many patches of this run folder were on any of them."""
         return note_use(self.run, patch.digest, pairs)
-
-    def _tune(
-        self, stage: str, kind: str, token_ids: torch.Tensor, steps: int, lr: float, ticket: Ticket | None
-    ) -> torch.Tensor:
-        config, key = self.config, self._tune_key(steps, lr, ticket)
-        folder = self.folder.stage(kind, key)
-        if not (folder / "rows.safetensors").is_file():
-            keep(folder / "settings.json", json.dumps(key, indent=1).encode())
-        return tune_rows(
-            self.model,
-            token_ids,
-            self.read_in(steps),
-            TuneSettings(
-                steps=steps,
-                lr=lr * self.scale,
-                batch_size=config.batch_size,
-                accumulate=config.accumulate,
-                seed=config.seed,
-                checkpoint_every=config.checkpoint_every,
-                gradient_checkpointing=config.gradient_checkpointing,
-                damp_rare=ticket is None and config.damp_rare,
-                schedule=config.schedule,
-                warmup=config.warmup,
-            ),
-            side=config.side,
-            scope=config.scope,
-            folder=folder,
-            stage=stage,
-            reporter=self.reporter,
-            later=self._later(kind),
-            start=self._start(ticket),
-        )
-
-    def _start(self, ticket: Ticket | None) -> torch.Tensor | None:
-        """Where the training of a ticket's rows starts, float32 [k, d]; None for the base's own rows."""
-        if ticket is None or ticket.selection != "reserved":
-            return None
-        return start_rows(self, torch.from_numpy(ticket.token_ids))
-
-    def _later(self, kind: str) -> int | None:
-        """Steps of the stages after one of a kind; None where controls or candidates follow, nobody knows how many."""
-        if self.reopened is not None or self.config.selection == "single":
-            return None
-        return self.config.steps if kind == "embed" and self.config.mode == "partial" else 0
-
-    @property
-    def _embedding_folder(self) -> Path:
-        return self.folder.stage("embed", self._tune_key(self.config.embed_steps, self.config.embed_lr, None))
-
-    def _tune_key(self, steps: int, lr: float, ticket: Ticket | None) -> dict[str, Any]:
-        """All that a tuning's result depends on."""
-        config = self.config
-        return {
-            "base": self.loaded.digest,
-            "examples": self.examples_digest,
-            "side": config.side,
-            "scope": config.scope,
-            "steps": steps,
-            "lr": lr,
-            "damp_rare": ticket is None and config.damp_rare,
-            "batch": self.batch,
-            "seed": config.seed,
-            "machine": asdict(self.machine),
-            "token_ids": None if ticket is None else hashlib.sha256(ticket.token_ids.tobytes()).hexdigest(),
-            **({} if config.schedule == "linear" else {"schedule": config.schedule}),
-            **({"warmup": config.warmup} if config.warmup else {}),
-            **({"start": start_ids(self, len(ticket))} if ticket and ticket.selection == "reserved" else {}),
-        }

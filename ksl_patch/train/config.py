@@ -12,7 +12,7 @@ from ksl_patch.ticket import DEFAULT_CAP, Selection
 
 Mode = Literal["partial", "transfer"]
 Start = Literal["text", "base"]
-Schedule = Literal["linear", "cosine"]
+Schedule = Literal["linear", "cosine", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,10 @@ class BuildConfig:
     rows of the instruction's tokens or their own. beside: references of patches whose tokens are left alone by the
     selection "reserved". group: the pairs' column with their document. data_seed: of the split into training, dev and
     held-out pairs. damp_rare: of the embedding tuning, see `TuneSettings`. base_model: the base's id on the Hub, where
-    it is a folder. epochs, embed_epochs: how often each pair is read, in place of steps. schedule: how learning rates
-    fall to 0; warmup: the share of the steps in which they rise before. absolute_lr: learning rates are the
-    optimiser's, in no unit.
+    it is a folder. auto_steps: the rows' tuning ends when the loss on `validation` pairs, which nothing else uses,
+    falls no more, after `steps` at most; its learning rate stays. epochs, embed_epochs: how often each pair is read,
+    in place of steps. schedule: how learning rates fall to 0; warmup: the share of the steps in which they rise
+    before. absolute_lr: learning rates are the optimiser's, in no unit.
     """
 
     base: str
@@ -54,6 +55,8 @@ class BuildConfig:
     embed_lr: float = 0.15
     damp_rare: bool = True
     steps: int = 100
+    auto_steps: bool = False
+    validation: int = 64
     lr: float = 0.15
     epochs: float | None = None
     embed_epochs: float | None = None
@@ -73,6 +76,16 @@ class BuildConfig:
     licence: str | None = None
     device: str | None = None
     base_model: str | None = None
+
+    @property
+    def validation_pairs(self) -> int:
+        """Pairs that the rows' tuning ends by."""
+        return self.validation if self.auto_steps else 0
+
+    @property
+    def set_aside(self) -> int:
+        """Pairs that nothing is trained on."""
+        return self.held_out + self.dev + self.validation_pairs
 
     @property
     def rule(self) -> Selection:

@@ -43,9 +43,10 @@ def report_start(of: Material) -> None:
     rates = [
         (name, lr) for name, lr, used in (("embedding", config.embed_lr, embedding), ("rows", config.lr, rows)) if used
     ]
+    stop = f"{len(of.validation)} to stop by, " if config.auto_steps else ""
     together = f", {processes} processes" if processes > 1 else ""
     lines = [
-        f"{len(of.train)} pairs to train, {len(of.dev)} for choices, {len(of.held_out)} held out{together}",
+        f"{len(of.train)} pairs to train, {stop}{len(of.dev)} for choices, {len(of.held_out)} held out{together}",
         f"the prompt: {json.dumps(of.template.text, ensure_ascii=False)}",
         f"learning rate{'s' * (len(rates) > 1)} "
         + " and ".join(f"{lr * of.scale:.3g} ({name}), {lr:g}" for name, lr in rates)
@@ -55,6 +56,7 @@ def report_start(of: Material) -> None:
         "start",
         "\n".join(lines),
         pairs=len(of.train),
+        validation=len(of.validation),
         dev=len(of.dev),
         held_out=len(of.held_out),
         processes=processes,

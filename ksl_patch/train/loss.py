@@ -7,8 +7,8 @@ loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from ksl_patch.data.encoding import IGNORED, Example, collate
 from ksl_patch.errors import RunError
-from ksl_patch.hf import PatchHandle
+
+Marking = Callable[[torch.Tensor], AbstractContextManager[None]]  # of bool [B, T], where a forward pass has the prompt
 
 
 def answer_logits(model: Any, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -49,11 +50,11 @@ def answer_logits(model: Any, batch: dict[str, torch.Tensor], labels: torch.Tens
 
 @torch.no_grad()
 def answer_losses(
-    model: Any, examples: Sequence[Example], *, batch_size: int = 8, handle: PatchHandle | None = None
+    model: Any, examples: Sequence[Example], *, batch_size: int = 8, marking: Marking | None = None
 ) -> tuple[list[float], list[int]]:
     """Negative log-likelihood of each example's answer, in nats, and the number of its tokens.
 
-    handle: whose patches the model answers with, so that those of scope "prompt" act on the prompts alone.
+    marking: of the handle whose patches the model answers with, so that those of scope "prompt" act on prompts alone.
     """
     losses, counts = [0.0] * len(examples), [0] * len(examples)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt) + len(examples[i].answer))
@@ -61,7 +62,7 @@ def answer_losses(
         part = order[start : start + batch_size]
         batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in part], pad=0).items()}
         labels = batch.pop("labels")
-        with nullcontext() if handle is None else handle.marking(labels == IGNORED):
+        with nullcontext() if marking is None else marking(labels == IGNORED):
             logits = answer_logits(model, batch, labels)
         labels = labels[:, 1:]
         answer = labels != IGNORED
@@ -75,8 +76,8 @@ def answer_losses(
 
 
 def token_loss(
-    model: Any, examples: Sequence[Example], *, batch_size: int = 8, handle: PatchHandle | None = None
+    model: Any, examples: Sequence[Example], *, batch_size: int = 8, marking: Marking | None = None
 ) -> float:
     """Mean negative log-likelihood per answer token, in nats, over all tokens of all examples; see `answer_losses`."""
-    losses, counts = answer_losses(model, examples, batch_size=batch_size, handle=handle)
+    losses, counts = answer_losses(model, examples, batch_size=batch_size, marking=marking)
     return sum(losses) / sum(counts)

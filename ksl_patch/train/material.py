@@ -35,15 +35,16 @@ from ksl_patch.train.loaded import Loaded, launched
 from ksl_patch.train.progress import Reporter
 from ksl_patch.train.record import Machine
 from ksl_patch.train.run_folder import RunFolder
+from ksl_patch.train.stopping import FEWEST_STEPS
 from ksl_patch.train.tune import autocasts
 
 
 class Material:
     """A build's base and pairs, ready after construction.
 
-    config: with steps where `given` has epochs. pairs, train, dev, held_out: the pairs, and those that are not too long
-    as token ids. model, tokenizer, template: what they are put into. base: the model's identity. scale: the standard
-    deviation of the table's values. processes: how many train together.
+    config: with steps where `given` has epochs. pairs, train, dev, held_out, validation: the pairs, and those that are
+    not too long as token ids. model, tokenizer, template: what they are put into. base: the model's identity. scale:
+    the standard deviation of the table's values. processes: how many train together.
     Its arguments: loaded: the base, where it is at hand. reopened: where its patch was trained; stages that were
     finished there, or on another kind of machine, are used then. template: where it is known, since a chat template may
     render otherwise today. like: whose pairs are taken, all of them, however long they are in another prompt.
@@ -72,6 +73,8 @@ class Material:
         reserved.check_settings(config)
         if config.scope == "prompt" and config.side != "input":
             raise RunError("scope 'prompt' needs side 'input': the output side acts on what follows the prompt.")
+        if config.auto_steps and (config.mode != "partial" or config.validation < 1):
+            raise RunError("auto_steps ends the rows' own tuning by validation pairs: give some, and mode 'partial'.")
         fields = template_fields(config.template, config.system)
         if config.columns[1] in fields:
             raise RunError(f"the template must not hold the answer: remove {{{config.columns[1]}}}.")
@@ -90,12 +93,8 @@ class Material:
             reporter.note("loading", f"Loading {config.base} ...", base=config.base)
             loaded = Loaded.of(*load_base(config.base, revision=config.revision, device=device))
         self.loaded = loaded
-        self.model, self.tokenizer, self.base, self.scale = (
-            loaded.model,
-            loaded.tokenizer,
-            loaded.identity,
-            loaded.scale,
-        )
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.base, self.scale = loaded.identity, loaded.scale
         if config.base_model is not None:
             self.base = replace(self.base, model_id=config.base_model)
         elif reopened is None and Path(config.base).is_dir() and not is_hub_id(self.base.model_id or ""):
@@ -114,13 +113,14 @@ class Material:
         self._longest = config.max_length + self._reserved_places if like is None else None
         if like is None:
             self.train = self._training()
-            self.dev, self.held_out = (
+            dev, held_out, validation = self.pairs.dev, self.pairs.held_out, self.pairs.validation
+            self.dev, self.held_out, self.validation = (
                 self.encode(pairs, what) if pairs else Encoded([], [], self.template)
-                for what, pairs in (("dev", self.pairs.dev), ("held-out", self.pairs.held_out))
+                for pairs, what in ((dev, "dev"), (held_out, "held-out"), (validation, "validation"))
             )
         else:
-            parts = (like.train, like.dev, like.held_out)
-            self.train, self.dev, self.held_out = (self._encoded(part.pairs) for part in parts)
+            same = (like.train, like.dev, like.held_out, like.validation)
+            self.train, self.dev, self.held_out, self.validation = (self._encoded(part.pairs) for part in same)
         self.config = config.resolved(len(self.train), self.batch, self.scale)
         if reopened is None and like is None:
             report_start(self)
@@ -132,7 +132,7 @@ class Material:
             config.pairs,
             columns,
             languages=(config.source_language, config.language),
-            limit=None if config.max_pairs is None else 2 * (config.max_pairs + config.dev + config.held_out),
+            limit=None if config.max_pairs is None else 2 * (config.max_pairs + config.set_aside),
             reading=reading,
         )
         self._chats = reading.messages
@@ -140,7 +140,13 @@ class Material:
             raise RunError("the pairs are chats (messages), in the chat template's prompts: add --template chat.")
         if self.reopened is None:
             report_pairs(self, self.read, reading)
-        self.pairs = split_pairs(self.read, held_out=config.held_out, dev=config.dev, seed=config.data_seed)
+        self.pairs = split_pairs(
+            self.read,
+            held_out=config.held_out,
+            dev=config.dev,
+            validation=config.validation_pairs,
+            seed=config.data_seed,
+        )
         for event, count, what in (
             ("duplicates", self.pairs.duplicates, "whose source occurs before"),
             ("unused", self.pairs.unused, "of documents or sources that are held out, beyond those that are measured"),
@@ -211,8 +217,10 @@ class Material:
 
     @property
     def patch_steps(self) -> int:
-        """Steps of the tuning that gives the patch its rows."""
-        return self.config.steps if self.config.mode == "partial" else self.config.embed_steps
+        """Steps of the tuning that gives the patch its rows, the fewest where it stops by itself."""
+        config = self.config
+        fewest = min(config.steps, FEWEST_STEPS) if config.auto_steps else config.steps
+        return fewest if config.mode == "partial" else config.embed_steps
 
     def encode(self, pairs: list[Pair], what: str) -> Encoded:
         """Pairs as token ids in the template. Raises RunError when all are too long."""

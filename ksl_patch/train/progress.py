@@ -227,4 +227,4 @@ class RichReporter:
         if self._console.is_terminal and self._task is not None:
             took = duration(self._progress.tasks[-1].elapsed or 0)
             self._progress.remove_task(self._task)
-            self.note("end", f"{self._stage}: {self._total}/{self._total} {self._loss}".rstrip() + f", {took}")
+            self.note("end", f"{self._stage}: {self._done}/{self._total} {self._loss}".rstrip() + f", {took}")

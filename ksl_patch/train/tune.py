@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,21 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch.nn import functional as F
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ksl_patch.atomic import write_atomically
 from ksl_patch.bank import SlotRows
 from ksl_patch.base import find_embedding
 from ksl_patch.data.encoding import IGNORED, Example, collate
 from ksl_patch.errors import RunError
-from ksl_patch.overlay import training
+from ksl_patch.overlay import TrainedRows, training
 from ksl_patch.patch import Scope, Side
 from ksl_patch.train.config import Schedule
+from ksl_patch.train.events import COMPLETE, Events
 from ksl_patch.train.interrupts import interrupts_noted
-from ksl_patch.train.loss import answer_logits
+from ksl_patch.train.loss import answer_logits, token_loss
 from ksl_patch.train.progress import Reporter
-
-_COMPLETE = "complete"
+from ksl_patch.train.stopping import BestAverage, Validation, best_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,7 @@ def tune_rows(
     reporter: Reporter,
     later: int | None = None,
     start: torch.Tensor | None = None,
+    validation: Validation | None = None,
 ) -> torch.Tensor:
     """Train the rows of `token_ids` (int64 [k]) from `start` [k, d]; returns them as float32 [k, d].
 
@@ -96,6 +97,7 @@ def tune_rows(
     The optimiser holds k x d numbers; the model's own weights are frozen and never copied. Checkpoints in
     `folder` let a killed run continue to the same result; a finished stage is read back from `rows.safetensors`.
     later: steps of the stages that follow, for the time left. start: by default the base's own rows.
+    validation: stop by it, after the settings' steps at most; the rows are then the best average of those of all steps.
     """
     done = folder / "rows.safetensors"
     if done.is_file():
@@ -110,27 +112,53 @@ def tune_rows(
         start = find_embedding(model).weight.detach()[token_ids.to(model.device)].float()
     slot = SlotRows(token_ids, start, output=side == "input+output", prompt_only=scope == "prompt")
     with _alone(folder), training(model, slot) as trained, _evaluating_after(model):
-        progress = _Progress(stage, reporter, later)
+        progress = Events(stage, reporter, later)
+        averaging = None if validation is None else _averaging(model, trained, validation, reporter, stage)
         trainer = _RowTrainer(
             model=model,
             args=_arguments(settings, folder, model.device, trained.rows.numel()),
             train_dataset=list(examples),  # type: ignore[arg-type]
             data_collator=lambda batch: collate(batch, pad=0),  # masked and without labels: any id will do
             compute_loss_func=_mean_loss,
-            callbacks=[progress],
+            callbacks=[progress] if averaging is None else [averaging, progress],
         )
         trainer.remove_callback(PrinterCallback)
-        with interrupts_noted(progress.interrupt):
-            trainer.train(resume_from_checkpoint=_last_complete(folder))
+        last = _last_complete(folder)
+        if averaging is not None and last is not None:
+            averaging.resume(last)
+        if averaging is None or not averaging.has_stalled:
+            with interrupts_noted(progress.interrupt):
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if progress.interrupted and trainer.state.global_step < settings.steps:
             raise KeyboardInterrupt
-        rows = trained.rows.detach().float().cpu().clone()
+        found = {"rows": trained.rows.detach()} if averaging is None else averaging.result()
+        found = {"token_ids": token_ids} | {name: tensor.cpu().clone() for name, tensor in found.items()}
         if trainer.is_world_process_zero():
-            write_atomically(done, safetensors.torch.save({"rows": rows, "token_ids": token_ids}))
+            write_atomically(done, safetensors.torch.save(found))
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
         trainer.accelerator.wait_for_everyone()
-    return rows
+    return found["rows"]
+
+
+def _averaging(model: Any, trained: TrainedRows, validation: Validation, reporter: Reporter, stage: str) -> BestAverage:
+    def loss() -> float:
+        model.eval()  # the Trainer's next step turns it back
+        return token_loss(model, validation.examples, marking=trained.marking)
+
+    return BestAverage(trained.rows, loss, reporter, stage)
+
+
+def steps_taken(folder: Path) -> int:
+    """Of a finished stage that stopped by validation, the step whose rows it kept. Raises RunError."""
+    try:
+        return best_step(safetensors.torch.load_file(folder / "rows.safetensors")["losses"].tolist())
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _unusable(folder / "rows.safetensors", error) from error
+
+
+def _unusable(file: Path, error: Exception) -> RunError:
+    return RunError(f"cannot use {file} ({error}): delete its folder, and the build will make it again.")
 
 
 def _read_rows(file: Path, token_ids: torch.Tensor) -> torch.Tensor:
@@ -141,7 +169,7 @@ def _read_rows(file: Path, token_ids: torch.Tensor) -> torch.Tensor:
         if not torch.equal(saved["token_ids"], token_ids) or len(rows) != len(token_ids) or not rows.isfinite().all():
             raise ValueError("it has other rows")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise RunError(f"cannot use {file} ({error}): delete its folder, and the build will make it again.") from error
+        raise _unusable(file, error) from error
     return rows
 
 
@@ -205,9 +233,9 @@ def _arguments(settings: TuneSettings, folder: Path, device: torch.device, numbe
     return arguments
 
 
-def _last_complete(folder: Path) -> str | None:
-    marked = [marker.parent for marker in folder.glob(f"checkpoint-*/{_COMPLETE}")]
-    return str(max(marked, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]))) if marked else None
+def _last_complete(folder: Path) -> Path | None:
+    marked = [marker.parent for marker in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(marked, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
 
 
 def _mean_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
@@ -237,61 +265,3 @@ class _RowTrainer(Trainer):  # type: ignore[misc]
             rows = self.accelerator.unwrap_model(self.model).ksl_overlay.rows
         content = safetensors.torch.save({"ksl_overlay.rows": rows.detach().cpu().contiguous()})
         write_atomically(folder / "model.safetensors", content)
-
-
-class _Progress(TrainerCallback):  # type: ignore[misc]
-    """Passes the Trainer's events on, stops at a loss that is no number, and marks finished checkpoints."""
-
-    def __init__(self, stage: str, reporter: Reporter, later: int | None) -> None:
-        self._stage, self._reporter, self._later = stage, reporter, later
-        self.interrupted = False
-
-    def interrupt(self) -> None:
-        """Stop at the end of this step."""
-        self.interrupted = True
-        with suppress(OSError):  # a terminal that is gone
-            self._reporter.note("stopping", "Stopping at the end of this step, which is kept ...")
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self._reporter.begin(self._stage, state.max_steps, self._later)
-            if state.global_step:
-                self._reporter.note(
-                    "resumed", f"{self._stage}: continues at step {state.global_step}", step=state.global_step
-                )
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if logs and "loss" in logs:
-            loss = logs["loss"]
-            if loss != loss:
-                raise RunError(
-                    f"{self._stage}: the loss is not a number any more at step {state.global_step}; "
-                    "lower the learning rate."
-                )
-            if state.is_world_process_zero:
-                self._reporter.step(state.global_step, loss)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            # A kill may leave a checkpoint half written; only a marked one is ever continued from.
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        if state.global_step >= state.max_steps:
-            self._reporter.end()
-        else:
-            message = f"{self._stage}: stopped at {state.global_step}/{state.max_steps}, which is kept"
-            self._reporter.note("stopped", message, step=state.global_step)
