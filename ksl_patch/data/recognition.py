@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
+
+from ksl_patch.errors import DataError
 
 # Widely written languages, of which py3langid confuses no two often (docs/figures.md has the figures). With all of its
 # 140, sentences fall to smaller sisters of their language, Indonesian ones to Malay; with the target and the source
@@ -15,12 +18,19 @@ _ANSWERS = "ar cs de el en es fa fi fr he hi hu id it ja ko nl pl pt ro ru sv th
 def recogniser(language: str, source_language: str = "en") -> Callable[[str], bool] | None:
     """What says whether a line is in a language, a BCP 47 tag, and not in another or none.
 
-    None for a language that py3langid does not know. Scripts and regions are not told apart.
+    None for a language that py3langid does not know. Scripts and regions are not told apart. Raises DataError where
+    py3langid cannot be loaded.
     """
     import langcodes
     from py3langid.langid import MODEL_FILE, RAW_FLOOR, LanguageIdentifier
 
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
+    try:
+        identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
+    except OSError as error:
+        raise DataError(
+            f"py3langid cannot unpack its model into {tempfile.gettempdir()} ({error.strerror or error}): make room "
+            "there, or name another folder in TMPDIR."
+        ) from error
 
     def label(tag: str) -> str:
         # What differs in name alone, such as "nb" and "no" or "cmn" and "zh", is at most 1 apart.

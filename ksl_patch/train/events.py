@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ksl_patch.errors import RunError
 from ksl_patch.train.progress import Reporter
+from ksl_patch.train.record import keep
 
 COMPLETE = "complete"  # a file of a checkpoint
 
@@ -64,7 +65,7 @@ class Events(TrainerCallback):  # type: ignore[misc]
         """Mark the checkpoint."""
         if state.is_world_process_zero:
             # A kill may leave a checkpoint half written; only a marked one is ever continued from.
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            keep(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, b"")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The bar ends."""

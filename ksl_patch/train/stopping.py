@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ksl_patch.atomic import write_atomically
 from ksl_patch.data.encoding import Example
 from ksl_patch.train.progress import Reporter
+from ksl_patch.train.record import keep
 
 FEWEST_STEPS = 40  # of a tuning that stops by itself
 _EVERY = 20  # steps between two looks at the validation pairs
@@ -112,4 +112,4 @@ class BestAverage(TrainerCallback):  # type: ignore[misc]
         """Keep beside a checkpoint what it goes on from."""
         if state.is_world_process_zero:
             content = safetensors.torch.save({"average": self.average, "best": self.best, "losses": self._losses()})
-            write_atomically(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE, content)
+            keep(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE, content)

@@ -30,6 +30,7 @@ from ksl_patch.train.events import COMPLETE, Events
 from ksl_patch.train.interrupts import interrupts_noted
 from ksl_patch.train.loss import answer_logits, token_loss
 from ksl_patch.train.progress import Reporter
+from ksl_patch.train.record import keep
 from ksl_patch.train.stopping import BestAverage, Validation, best_step
 
 
@@ -134,7 +135,7 @@ def tune_rows(
         found = {"rows": trained.rows.detach()} if averaging is None else averaging.result()
         found = {"token_ids": token_ids} | {name: tensor.cpu().clone() for name, tensor in found.items()}
         if trainer.is_world_process_zero():
-            write_atomically(done, safetensors.torch.save(found))
+            keep(done, safetensors.torch.save(found))
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
         trainer.accelerator.wait_for_everyone()
@@ -255,6 +256,16 @@ class _RowTrainer(Trainer):  # type: ignore[misc]
             return answer_logits(model, batch, labels)
 
         return super().compute_loss(logits, inputs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError) as error:  # torch says of a full disk that it is at another position
+            folder = self.args.output_dir
+            raise RunError(
+                f"cannot keep a checkpoint in {folder}, where {shutil.disk_usage(folder).free:,} bytes are free "
+                f"({getattr(error, 'strerror', None) or error}): with more room the same command goes on."
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Keep the trained rows, not the base."""
