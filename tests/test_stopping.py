@@ -1,19 +1,25 @@
 """`--steps auto`: the rows' average, when it is enough, and that a killed one goes on to the same rows."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_cli
 
 from ksl_patch.errors import RunError
+from ksl_patch.patch import Patch
+from ksl_patch.ticket import Ticket
 from ksl_patch.train.build import Build
 from ksl_patch.train.config import BuildConfig
 from ksl_patch.train.loss import token_loss
 from ksl_patch.train.progress import SilentReporter
 from ksl_patch.train.reopen import reopen
 from ksl_patch.train.stopping import BestAverage
+from ksl_patch.train.ticket_checks import report_unread
 
 
 class Failing(SilentReporter):
@@ -130,9 +136,10 @@ def test_what_does_not_go_together_is_said(build, base_folder, pairs_file, tmp_p
     command = ["build", "--base", base_folder, "--pairs", pairs_file, "--language", "es", "-o", tmp_path / "es", "-y"]
     for options, why in [
         (["--validation", 8], "--validation is for --steps auto"),
-        (["--steps", "auto", "--schedule", "cosine"], "--schedule plans the steps, and --steps auto has none"),
+        (["--steps", "auto", "--schedule", "cosine", "--rows", 3], "--schedule plans the steps"),
         (["--steps", "auto", "--epochs", 2], "--steps and --epochs say the same"),
-        (["--steps", "automatic"], "not a valid integer"),
+        (["--steps", "automatic"], "'automatic' is neither a number of steps, 1 or more, nor 'auto'"),
+        (["--steps", "auto", "--mode", "transfer"], "--steps auto ends the rows' own tuning"),
         (["--steps", "auto", "--validation", 9999], "9999 to stop by"),
     ]:  # fmt: skip
         code, _, err = run_cli(*command, *options)
@@ -156,3 +163,59 @@ def test_the_command_line_says_what_it_stops_by_and_where(base_folder, pairs_fil
     assert 0 < best["step"] <= best["steps"] < 1000
     code, out, _ = run_cli("inspect", tmp_path / "es.safetensors")
     assert f"{best['step']} steps of the rows at learning rate" in " ".join(out.split())
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_looks_and_stop_together(base_folder, pairs_file, tmp_path):
+    output = tmp_path / "two.safetensors"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ksl_patch", "build", "--base",
+        base_folder, "--pairs", pairs_file, "--language", "es", "-o", output, "--selection", "frequency", "--top-k", 4,
+        "--steps", "auto", "--validation", 5, "--dev", 3, "--held-out", 4, "--lr", 1e-6, "--json", "-y",
+    ]  # fmt: skip
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    events = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    [best] = [e for e in events if e["event"] == "best"]
+    assert best["steps"] == 60
+    patch = Patch.load(output)
+    assert patch.meta.training.processes == 2
+    made = reopen(patch, output.with_name(f"{output.name}.run"))
+    assert best["loss"] == pytest.approx(made.patched_loss(patch, made.validation), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_controls_and_seeds_stop_by_themselves_too(build):
+    made = build(selection="ks", embed_steps=20, embed_lr=2.0, top_k=3)
+    patch = made.patch()
+    hyperparameters = patch.meta.training.hyperparameters
+    assert hyperparameters["lr_scheduler_type"] == "constant"
+    assert hyperparameters["embed_lr_scheduler_type"] == "linear"
+    assert hyperparameters["steps_trained"] >= patch.meta.training.steps
+    again = reopen(patch, made.run)
+    for seed, selection in ((0, "random"), (0, "frequency"), (1, "ks")):
+        other = again.seeded(seed)
+        control = other.patch_of(other.ticket(selection, 3))
+        assert control.meta.training.hyperparameters["validation_pairs"] == 6
+        assert other.validation.pairs == made.validation.pairs
+        # Every row of a control has been read by the first step that may be kept.
+        assert (other.counts_in(20)[control.token_ids] > 0).all() or selection == "ks"
+
+
+def test_a_row_that_no_kept_step_read_is_said(build):
+    reporter = Failing()
+    made = build(reporter, batch_size=1)
+    read, late = made.counts_in(1), made.counts_in(120)
+    known, rare = int(read.argmax()), int(((read == 0) & (late > 0)).argmax())
+    ticket = Ticket(np.array(sorted([known, rare])), "given")
+    report_unread(made, ticket, 1)
+    assert ("unread", {"token_ids": [rare]}) in reporter.notes
+    reporter.notes.clear()
+    report_unread(made, ticket, 120)
+    assert reporter.notes == []
+
+
+def test_the_same_pairs_are_held_out_of_a_part_of_the_file(build):
+    auto, given = (build(max_pairs=40, validation=n, auto_steps=n > 1) for n in (6, 1))
+    assert (auto.pairs.held_out, auto.pairs.dev) == (given.pairs.held_out, given.pairs.dev)
+    assert (len(auto.train), len(given.train)) == (40, 40)

@@ -211,7 +211,7 @@ def named_rows(context: click.Context, parameter: click.Parameter, values: tuple
     type=click.IntRange(0, 2**32 - 1),
     metavar="SEED",
     default=0,
-    help="Seed of the split into training, dev and held-out pairs.",
+    help="Seed of the split into training, validation, dev and held-out pairs.",
 )
 @click.option("--dev", type=click.IntRange(0), default=64, help="Pairs kept from training to compare builds on.")
 @click.option(

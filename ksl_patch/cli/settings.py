@@ -31,7 +31,12 @@ class Steps(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The number, or `AUTO`."""
-        return AUTO if value == AUTO else click.IntRange(1).convert(value, param, ctx)
+        if value == AUTO:
+            return AUTO
+        try:
+            return click.IntRange(1).convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is neither a number of steps, 1 or more, nor {AUTO!r}.", param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """`AUTO`, where it may become that."""
@@ -65,8 +70,10 @@ def settings_of(context: click.Context, options: dict[str, Any], given: set[str]
     if "validation" in given and not auto:
         raise click.UsageError("--validation is for --steps auto, which stops by these pairs.")
     if auto:
+        if options["mode"] == "transfer":
+            raise click.UsageError("--steps auto ends the rows' own tuning, and --mode transfer has none.")
         for name in ("schedule", "warmup"):
-            if name in given:
+            if name in given and (options["rows"] or options["selection"] not in ("ks", "l2")):
                 raise click.UsageError(f"--{name} plans the steps, and --steps auto has none to plan: leave out one.")
         options |= {"steps": MOST_STEPS, "auto_steps": True}
     settings = dict(options)

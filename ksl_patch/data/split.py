@@ -1,4 +1,4 @@
-"""Which pairs are held out for figures, which are dev (for choices), which train, and the order of training."""
+"""Which pairs are for figures (held out), for choices (dev), to end a training by (validation) and to train, in which order."""
 
 from __future__ import annotations
 

@@ -231,10 +231,11 @@ def encode_test(
         )
     training = patch.meta.training
     if build is not None:
-        trained, chosen = ({pair.key for pair in part} for part in (build.pairs.train, build.pairs.dev))
+        chosen = {pair.key for part in (build.pairs.dev, build.pairs.validation) for pair in part}
+        trained = {pair.key for pair in build.pairs.train}
         read, whole = sum(pair.key in trained for pair in kept), True
         if count := sum(pair.key in chosen for pair in kept):
-            message = f"{count} of the test pairs are dev pairs of the build: choices may have been made on them"
+            message = f"{count} of the test pairs are the build's for choices: some may have been made on them"
             reporter.note("dev", message, pairs=count)
     else:
         read, whole = seen(training.sources, kept) if training and training.sources else (0, True)

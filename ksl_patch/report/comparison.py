@@ -58,4 +58,6 @@ def _training(patch: Patch) -> str:
     if t is None:
         return ""
     damped = "" if not t.hyperparameters else f", rare rows damped: {t.hyperparameters.get('damp_rare', 'not tuned')}"
-    return f"{t.mode}, scope {patch.meta.scope}, {t.tunings}, batch {t.batch_size}, seed {t.seed}{damped}"
+    return (
+        f"{t.mode}, scope {patch.meta.scope}, {t.tunings}, batch {t.batch_size}, {t.optimiser}, seed {t.seed}{damped}"
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -38,7 +36,7 @@ def assemble(of: Tuning, ticket: Ticket, rows: torch.Tensor) -> Patch:
     finally:
         table.weight.data = table.weight.data.to(compute)
     tuned, partial = config.trains(ticket.selection)
-    steps, auto = of.steps_of(ticket), partial and config.auto_steps
+    (steps, trained), auto = of.steps_of(ticket), partial and config.auto_steps
     decay = "best average of the rows by validation loss" if auto else f"{config.schedule} decay"
     read = of.pairs_read_in(max(steps, config.embed_steps if tuned else 0))
     return patch.with_meta(
@@ -66,29 +64,32 @@ def assemble(of: Tuning, ticket: Ticket, rows: torch.Tensor) -> Patch:
             pairs_read=len(of.pairs_read_in(steps)) if partial else 0,
             embed_pairs_read=len(of.pairs_read_in(config.embed_steps)) if tuned else 0,
             processes=of.processes,
-            hyperparameters=_hyperparameters(of, len(ticket), partial, tuned, auto),
+            hyperparameters=_hyperparameters(of, len(ticket), partial, tuned, trained if auto else None),
             sources=sketch(read),
         ),
     )
 
 
 def _hyperparameters(
-    of: Tuning, rows: int, partial: bool, tuned: bool, auto: bool
+    of: Tuning, rows: int, partial: bool, tuned: bool, trained: int | None
 ) -> dict[str, int | float | str | bool]:
-    """What the optimiser of the rows was set to; embed_: what is other in the embedding tuning before."""
+    """What the optimiser of the rows was set to; embed_: what is other in the embedding tuning before.
+
+    trained: the steps of a tuning that ended by itself.
+    """
     config, d = of.config, of.base.hidden_size
-    kind: dict[str, Any] = {"schedule": config.schedule, "warmup": config.warmup}
-    own: dict[str, Any] = {"schedule": "constant"} if auto else {**kind, "steps": config.steps}
-    found = optimiser(rows * d, damp_rare=False, **own) if partial else {}
-    if auto:
-        found |= {"validation_pairs": len(of.validation), "most_steps": config.steps}
+    found = optimiser(rows * d, damp_rare=False, steps=config.steps, **config.rates(rows=True)) if partial else {}
+    if trained is not None:
+        found |= {"validation_pairs": len(of.validation), "steps_trained": trained, "most_steps": config.steps}
     if tuned:
         n = np.count_nonzero(of.embed_counts) if config.side == "input" else of.base.vocab_size
-        embed = optimiser(int(n) * d, damp_rare=config.damp_rare, steps=config.embed_steps, **kind)
+        rates = config.rates(rows=False)
+        embed = optimiser(int(n) * d, damp_rare=config.damp_rare, steps=config.embed_steps, **rates)
         found = found or {key: value for key, value in embed.items() if key != "adam_epsilon"}
         found |= {"damp_rare": config.damp_rare, "embed_adam_epsilon": embed["adam_epsilon"]}
-        if config.warmup:
-            found["embed_warmup_steps"] = embed["warmup_steps"]
+        for name in ("lr_scheduler_type", "warmup_steps"):
+            if embed[name] != found[name]:
+                found[f"embed_{name}"] = embed[name]
     return found | {
         "gradient_accumulation_steps": config.accumulate,
         "dtype": of.machine.dtype,

@@ -32,7 +32,7 @@ from ksl_patch.train.loss import token_loss
 from ksl_patch.train.progress import Reporter, SilentReporter, noting_warnings
 from ksl_patch.train.record import Record, keep, note_use, read_tests, recorded, write_record
 from ksl_patch.train.single import single
-from ksl_patch.train.ticket_checks import given, report_weak_rows
+from ksl_patch.train.ticket_checks import given, report_unread, report_weak_rows
 from ksl_patch.train.tuning import Tuning
 
 
@@ -166,12 +166,16 @@ class Build(Tuning):
             selection=ticket.selection,
             token_ids=ticket.token_ids.tolist(),
         )
-        if self.reopened is None and ticket.selection == self.config.rule:
+        own = self.reopened is None and ticket.selection == self.config.rule
+        if own:
             report_weak_rows(self, ticket)
         if self.config.mode == "transfer":
             tuned_ids, rows = self.embedding()
             return rows[torch.searchsorted(tuned_ids, token_ids)]
-        return self.tune("partial tuning", "partial", token_ids, self.config.steps, self.config.lr, ticket)
+        rows = self.tune("partial tuning", "partial", token_ids, self.config.steps, self.config.lr, ticket)
+        if own:
+            report_unread(self, ticket, self.steps_of(ticket)[0])
+        return rows
 
     def patch_from(self, ticket: Ticket, rows: torch.Tensor) -> Patch:
         """The patch of some rows, float32 [k, d], cast to the base's own dtype."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ksl_patch.patch import Scope, Side
 from ksl_patch.patch.meta import DEFAULT_ALPHA
@@ -12,22 +12,22 @@ from ksl_patch.ticket import DEFAULT_CAP, Selection
 
 Mode = Literal["partial", "transfer"]
 Start = Literal["text", "base"]
-Schedule = Literal["linear", "cosine", "constant"]
+Schedule = Literal["linear", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
     """Everything a build depends on. Learning rates are in units of the standard deviation of the table's values.
 
-    pairs: what `read_pairs` takes. strict: a line that is no pair is an error, and not left out.
-    rows: tokens named by hand, ids or texts, in place of a selection. start: of the reserved rows, the base's
-    rows of the instruction's tokens or their own. beside: references of patches whose tokens are left alone by the
-    selection "reserved". group: the pairs' column with their document. data_seed: of the split into training, dev and
-    held-out pairs. damp_rare: of the embedding tuning, see `TuneSettings`. base_model: the base's id on the Hub, where
-    it is a folder. auto_steps: the rows' tuning ends when the loss on `validation` pairs, which nothing else uses,
-    falls no more, after `steps` at most; its learning rate stays. epochs, embed_epochs: how often each pair is read,
-    in place of steps. schedule: how learning rates fall to 0; warmup: the share of the steps in which they rise
-    before. absolute_lr: learning rates are the optimiser's, in no unit.
+    pairs: what `read_pairs` takes. strict: a line that is no pair is an error, and not left out. rows: tokens named
+    by hand, ids or texts, in place of a selection. start: of the reserved rows, the base's rows of the instruction's
+    tokens or their own. beside: references of patches whose tokens are left alone by the selection "reserved". group:
+    the pairs' column with their document. data_seed: of the split into training, validation, dev and held-out pairs.
+    damp_rare: of the embedding tuning, see `TuneSettings`. base_model: the base's id on the Hub, where it is a
+    folder. auto_steps: the rows' tuning ends when the loss on `validation` pairs, which nothing else uses, falls no
+    more, after `steps` at most; its learning rate stays. epochs, embed_epochs: how often each pair is read, in place
+    of steps. schedule: how learning rates fall to 0; warmup: the share of the steps in which they rise before.
+    absolute_lr: learning rates are the optimiser's, in no unit.
     """
 
     base: str
@@ -83,9 +83,15 @@ class BuildConfig:
         return self.validation if self.auto_steps else 0
 
     @property
-    def set_aside(self) -> int:
-        """Pairs that nothing is trained on."""
-        return self.held_out + self.dev + self.validation_pairs
+    def most_read(self) -> int | None:
+        """Pairs that are read of a source of any length: those that are too long, and repeated sources, are left out.
+
+        The same with validation pairs as without, where that is enough, so that the same pairs are held out.
+        """
+        if self.max_pairs is None:
+            return None
+        wanted = self.max_pairs + self.dev + self.held_out
+        return max(2 * wanted, wanted + self.validation_pairs)
 
     @property
     def rule(self) -> Selection:
@@ -96,6 +102,12 @@ class BuildConfig:
         """Whether rows of a selection come from a tuning of the embedding, and whether from one of their own."""
         alone = self.mode == "partial" and selection != "all"
         return not alone or selection in ("ks", "l2"), alone
+
+    def rates(self, *, rows: bool) -> dict[str, Any]:
+        """How the learning rate of a tuning changes, of the rows or of the embedding: schedule and warmup."""
+        if rows and self.auto_steps:
+            return {"schedule": "constant", "warmup": 0.0}
+        return {"schedule": self.schedule, "warmup": self.warmup}
 
     def resolved(self, pairs: int, batch: int, scale: float) -> BuildConfig:
         """The same with steps in place of epochs, and learning rates in the unit of others.

@@ -18,8 +18,8 @@ COMPLETE = "complete"  # a file of a checkpoint
 class Events(TrainerCallback):  # type: ignore[misc]
     """Passes the Trainer's events on, stops at a loss that is no number, and marks finished checkpoints."""
 
-    def __init__(self, stage: str, reporter: Reporter, later: int | None) -> None:
-        self._stage, self._reporter, self._later = stage, reporter, later
+    def __init__(self, stage: str, reporter: Reporter, later: int | None, *, ends_by_itself: bool = False) -> None:
+        self._stage, self._reporter, self._later, self._ends_by_itself = stage, reporter, later, ends_by_itself
         self.interrupted = False
 
     def interrupt(self) -> None:
@@ -36,7 +36,7 @@ class Events(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A bar begins."""
         if state.is_world_process_zero:
-            self._reporter.begin(self._stage, state.max_steps, self._later)
+            self._reporter.begin(self._stage, None if self._ends_by_itself else state.max_steps, self._later)
             if state.global_step:
                 self._reporter.note(
                     "resumed", f"{self._stage}: continues at step {state.global_step}", step=state.global_step

@@ -6,7 +6,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -113,9 +113,10 @@ def _before(member: Member) -> Patch | None:
             return None
         raise RunError(f"{member.output} was not built here: --force replaces it ({error}).") from error
     now = recorded(asdict(member.config))
-    if not member.force and (other := [key for key, value in now.items() if settings.get(key, value) != value]):
+    settings = {each.name: each.default for each in fields(BuildConfig)} | settings  # of an earlier version
+    if not member.force and (other := [key for key, value in now.items() if settings[key] != value]):
         raise RunError(
-            f"{member.output} was built with other settings ({other[0].replace('_', '-')} {settings.get(other[0])!r}, "
+            f"{member.output} was built with other settings ({other[0].replace('_', '-')} {settings[other[0]]!r}, "
             f"now {now[other[0]]!r}): --force replaces it."
         )
     return patch

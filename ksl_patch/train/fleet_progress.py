@@ -16,7 +16,10 @@ from ksl_patch.terminal import PlainConsole
 from ksl_patch.train.fleet import Outcome
 from ksl_patch.train.progress import JsonReporter, RichReporter, duration
 
-_QUIET = {"pairs", "start", "loading", "reused", "testing", "measuring", "dev", "ticket", "pace", "end", "base_model"}
+_QUIET = {
+    "pairs", "start", "loading", "reused", "testing", "measuring", "dev", "ticket", "pace", "end", "base_model",
+    "validation",
+}  # fmt: skip
 
 
 class NamedLines(RichReporter):
@@ -123,14 +126,14 @@ class Row:
         """A line: nobody is asked."""
         self.note(event, f"Warning: {message}")
 
-    def begin(self, stage: str, total: int, later: int | None = None) -> None:
+    def begin(self, stage: str, total: int | None, later: int | None = None) -> None:
         """A stage begins."""
-        self._stage, self._total = stage, total
-        self._state = f"{stage} 0/{total}"
+        self._stage, self._of = stage, "" if total is None else f"/{total}"
+        self._state = f"{stage} 0{self._of}"
 
     def step(self, done: int, loss: float | None = None) -> None:
         """How far it is."""
-        self._state = f"{self._stage} {done}/{self._total}" + ("" if loss is None else f", loss {loss:.3f}")
+        self._state = f"{self._stage} {done}{self._of}" + ("" if loss is None else f", loss {loss:.3f}")
 
     def end(self) -> None:
         """The stage is over."""

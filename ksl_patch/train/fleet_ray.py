@@ -61,7 +61,7 @@ class _Told:
     def doubt(self, event: str, message: str, **values: Any) -> None:
         self._tell("doubt", event, message, **values)
 
-    def begin(self, stage: str, total: int, later: int | None = None) -> None:
+    def begin(self, stage: str, total: int | None, later: int | None = None) -> None:
         self._tell("begin", stage, total, None)  # how long steps take cannot be told from when events arrive
 
     def step(self, done: int, loss: float | None = None) -> None:

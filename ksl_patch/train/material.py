@@ -1,4 +1,4 @@
-"""What a build works on: the base, the pairs in three parts, and the template that puts them into token ids."""
+"""What a build works on: the base, the pairs in their parts, and the template that puts them into token ids."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ksl_patch.train.loaded import Loaded, launched
 from ksl_patch.train.progress import Reporter
 from ksl_patch.train.record import Machine
 from ksl_patch.train.run_folder import RunFolder
-from ksl_patch.train.stopping import FEWEST_STEPS
+from ksl_patch.train.stopping import EVERY
 from ksl_patch.train.tune import autocasts
 
 
@@ -121,6 +121,8 @@ class Material:
         else:
             same = (like.train, like.dev, like.held_out, like.validation)
             self.train, self.dev, self.held_out, self.validation = (self._encoded(part.pairs) for part in same)
+        if config.auto_steps and not len(self.validation):
+            raise RunError("no pair is left to stop by (auto_steps): give more pairs, or the number of steps.")
         self.config = config.resolved(len(self.train), self.batch, self.scale)
         if reopened is None and like is None:
             report_start(self)
@@ -132,7 +134,7 @@ class Material:
             config.pairs,
             columns,
             languages=(config.source_language, config.language),
-            limit=None if config.max_pairs is None else 2 * (config.max_pairs + config.set_aside),
+            limit=config.most_read,
             reading=reading,
         )
         self._chats = reading.messages
@@ -142,11 +144,8 @@ class Material:
             report_pairs(self, self.read, reading)
         self.pairs = split_pairs(
             self.read,
-            held_out=config.held_out,
-            dev=config.dev,
-            validation=config.validation_pairs,
-            seed=config.data_seed,
-        )
+            held_out=config.held_out, dev=config.dev, validation=config.validation_pairs, seed=config.data_seed,
+        )  # fmt: skip
         for event, count, what in (
             ("duplicates", self.pairs.duplicates, "whose source occurs before"),
             ("unused", self.pairs.unused, "of documents or sources that are held out, beyond those that are measured"),
@@ -201,14 +200,15 @@ class Material:
     @cached_property
     def embed_counts(self) -> np.ndarray:
         """How often the embedding tuning read each token where a patch acts, int64 [V]."""
-        return self._counts(self.config.embed_steps)
+        return self.counts_in(self.config.embed_steps)
 
     @cached_property
     def counts(self) -> np.ndarray:
         """The same for the tuning that gives the patch its rows: only rows that were read get a gradient."""
-        return self._counts(self.patch_steps)
+        return self.counts_in(self.patch_steps)
 
-    def _counts(self, steps: int) -> np.ndarray:
+    def counts_in(self, steps: int) -> np.ndarray:
+        """The same for the first so many steps."""
         return token_counts(self.read_in(steps), self.base.vocab_size, prompt_only=self.config.scope == "prompt")
 
     def order(self, steps: int) -> list[int]:
@@ -219,7 +219,7 @@ class Material:
     def patch_steps(self) -> int:
         """Steps of the tuning that gives the patch its rows, the fewest where it stops by itself."""
         config = self.config
-        fewest = min(config.steps, FEWEST_STEPS) if config.auto_steps else config.steps
+        fewest = min(config.steps, EVERY) if config.auto_steps else config.steps
         return fewest if config.mode == "partial" else config.embed_steps
 
     def encode(self, pairs: list[Pair], what: str) -> Encoded:

@@ -18,6 +18,8 @@ from rich.prompt import Confirm
 from ksl_patch.errors import RunError
 from ksl_patch.terminal import PlainConsole, visible
 
+_UNKNOWN = 100  # steps of a stage that ends by itself, for how often a line is printed
+
 
 class Reporter(Protocol):
     """Receives a build's events."""
@@ -28,8 +30,11 @@ class Reporter(Protocol):
     def doubt(self, event: str, message: str, **values: Any) -> None:
         """Something that is probably wrong. Raises RunError where somebody was asked and does not want it."""
 
-    def begin(self, stage: str, total: int, later: int | None = None) -> None:
-        """A stage of `total` steps begins. later: how many like them follow in other stages, where that is known."""
+    def begin(self, stage: str, total: int | None, later: int | None = None) -> None:
+        """A stage of `total` steps begins, None where it ends by itself.
+
+        later: how many like them follow in other stages, where that is known.
+        """
 
     def step(self, done: int, loss: float | None = None) -> None:
         """`done` steps of the stage are done; loss is per answer token, in nats."""
@@ -47,7 +52,7 @@ class SilentReporter:
     def doubt(self, event: str, message: str, **values: Any) -> None:
         """Say nothing."""
 
-    def begin(self, stage: str, total: int, later: int | None = None) -> None:
+    def begin(self, stage: str, total: int | None, later: int | None = None) -> None:
         """Say nothing."""
 
     def step(self, done: int, loss: float | None = None) -> None:
@@ -74,16 +79,16 @@ class _Pace:
 
     def __init__(self) -> None:
         self._said = False
-        self._total = 0
+        self._total: int | None = 0
         self._later: int | None = None
         self._first: tuple[int, float] | None = None
 
-    def begin(self, total: int, later: int | None) -> None:
+    def begin(self, total: int | None, later: int | None) -> None:
         self._total, self._later, self._first = total, later, None
 
     def step(self, done: int) -> tuple[float, float] | None:
         """Seconds a step and seconds left, when there is something to say."""
-        if self._said or self._later is None:
+        if self._said or self._later is None or self._total is None:
             return None
         if self._first is None:
             self._first = done, time.monotonic()
@@ -121,7 +126,7 @@ class JsonReporter:
 
     def __init__(self) -> None:
         self._stage = ""
-        self._total = 0
+        self._total: int | None = 0
         self._pace = _Pace()
 
     def note(self, event: str, message: str, **values: Any) -> None:
@@ -132,7 +137,7 @@ class JsonReporter:
         """As `note`."""
         self.note(event, message, **values)
 
-    def begin(self, stage: str, total: int, later: int | None = None) -> None:
+    def begin(self, stage: str, total: int | None, later: int | None = None) -> None:
         """{"event": "begin", "stage": ..., "steps": ...}."""
         self._stage, self._total = stage, total
         self._pace.begin(total, later)
@@ -172,7 +177,8 @@ class RichReporter:
             disable=not self._console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._stage, self._total, self._done, self._loss = "", 0, 0, ""
+        self._total: int | None = 0
+        self._stage, self._done, self._loss = "", 0, ""
         self._pace = _Pace()
 
     def __enter__(self) -> RichReporter:
@@ -201,7 +207,7 @@ class RichReporter:
             raise RunError("stopped, as you said: nothing was trained.")
         self._progress.start()
 
-    def begin(self, stage: str, total: int, later: int | None = None) -> None:
+    def begin(self, stage: str, total: int | None, later: int | None = None) -> None:
         """A new bar."""
         self._stage, self._total, self._done, self._loss = stage, total, 0, ""
         self._pace.begin(total, later)
@@ -215,11 +221,11 @@ class RichReporter:
         self._progress.update(self._task, completed=done, loss=self._loss)
         if pace := self._pace.step(done):
             self.note("pace", _Pace.in_words(*pace))
-        fifth = max(1, self._total // 5)
+        fifth = max(1, (self._total or _UNKNOWN) // 5)
         if not self._console.is_terminal and (done == self._total or done // fifth > self._done // fifth):
             left = self._progress.tasks[-1].time_remaining
             more = f", {duration(left)} left" if left else ""
-            self.note("step", f"{self._stage}: {done}/{self._total} {self._loss}".rstrip() + more)
+            self.note("step", f"{self._stage}: {self._count(done)} {self._loss}".rstrip() + more)
         self._done = done
 
     def end(self) -> None:
@@ -227,4 +233,7 @@ class RichReporter:
         if self._console.is_terminal and self._task is not None:
             took = duration(self._progress.tasks[-1].elapsed or 0)
             self._progress.remove_task(self._task)
-            self.note("end", f"{self._stage}: {self._done}/{self._total} {self._loss}".rstrip() + f", {took}")
+            self.note("end", f"{self._stage}: {self._count(self._done)} {self._loss}".rstrip() + f", {took}")
+
+    def _count(self, done: int) -> str:
+        return f"step {done}" if self._total is None else f"{done}/{self._total}"

@@ -13,12 +13,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ksl_patch.data.encoding import Example
+from ksl_patch.errors import RunError
 from ksl_patch.train.progress import Reporter
 from ksl_patch.train.record import keep
 
-FEWEST_STEPS = 40  # of a tuning that stops by itself
-_EVERY = 20  # steps between two looks at the validation pairs
+EVERY = 20  # steps between two looks at the validation pairs
 _FALL = 0.002  # nats per token that count as better
+_SHARE = 1 / 3  # of the steps, in which the loss has not fallen when it is enough
 _DECAY = 8  # of the average, whose weights grow with that power of the step
 _FILE = "average.safetensors"
 
@@ -31,8 +32,8 @@ class Validation:
     digest: str
 
     def key(self) -> dict[str, Any]:
-        """All that a tuning's result depends on."""
-        return {"pairs": self.digest, "every": _EVERY, "fall": _FALL, "decay": _DECAY, "fewest": FEWEST_STEPS}
+        """What a tuning's result depends on."""
+        return {"pairs": self.digest, "every": EVERY, "fall": _FALL, "share": _SHARE, "decay": _DECAY}
 
 
 def best_step(losses: Iterable[Sequence[float]]) -> int:
@@ -57,14 +58,14 @@ class BestAverage(TrainerCallback):  # type: ignore[misc]
     @property
     def has_stalled(self) -> bool:
         """Whether the loss has not fallen enough in the last third of the steps."""
-        fell, lowest = 0, float("inf")
         if not self.losses:
             return False
+        fell, lowest = 0, float("inf")
         for step, loss in self.losses:
             if loss < lowest - _FALL:
                 fell, lowest = step, loss
         now = self.losses[-1][0]
-        return now >= FEWEST_STEPS and now - fell >= max(2 * _EVERY, now / 3)
+        return now - fell >= max(2 * EVERY, now * _SHARE)
 
     def result(self) -> dict[str, torch.Tensor]:
         """The rows of the lowest loss, float32 [k, d], and of each look its step and loss, float64 [n, 2]."""
@@ -79,20 +80,23 @@ class BestAverage(TrainerCallback):  # type: ignore[misc]
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from what a checkpoint holds."""
-        saved = safetensors.torch.load_file(checkpoint / _FILE, device=str(self._rows.device))
-        self.average, self.best = saved["average"], saved["best"]
+        saved = safetensors.torch.load_file(checkpoint / _FILE)
+        self.average, self.best = (saved[name].to(self._rows.device) for name in ("average", "best"))
         self.losses = [(int(each[0]), each[1]) for each in saved["losses"].tolist()]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Average, look, and say when it is enough."""
         step = state.global_step
         self.average.lerp_(self._rows.detach(), (_DECAY + 1) / (step + _DECAY))
-        if step % _EVERY and step < state.max_steps:
+        if step % EVERY and step < state.max_steps:
             return
         here = self._rows.detach().clone()
         with torch.no_grad():
             self._rows.copy_(self.average)
-            loss = self._loss()
+            try:
+                loss = self._loss()
+            except RunError as error:
+                raise RunError(f"{self._stage}, step {step}: {error} Lower the learning rate.") from error
             self._rows.copy_(here)
         if not self.losses or loss < min(loss for _, loss in self.losses):
             self.best = self.average.clone()
@@ -106,7 +110,7 @@ class BestAverage(TrainerCallback):  # type: ignore[misc]
                 loss=loss,
             )
         if self.has_stalled:
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Keep beside a checkpoint what it goes on from."""

@@ -17,18 +17,37 @@ _LOOKED_AT = 64  # pairs, for what a template shows
 
 
 def given(of: Material) -> Ticket:
-    """The rows named by hand. Raises RunError where none of them gets a gradient, and says which do not."""
-    ticket = given_ticket(of.config.rows, of.tokenizer, of.base.vocab_size)
-    if of.config.side == "input+output":
-        return ticket
-    unread = ticket.token_ids[of.counts[ticket.token_ids] == 0]
-    if len(unread):
-        names = ", ".join(f"{of.tokenizer.decode([i])!r} ({i})" for i in unread)
-        what = f"the training never reads {names} where the patch acts"
-        if len(unread) == len(ticket) or of.config.mode == "transfer":
-            raise RunError(f"{what}, so there is nothing to train: name tokens of the prompt.")
-        of.reporter.note("unread", f"{what}, so these rows stay the base's", token_ids=unread.tolist())
+    """The rows named by hand. Raises RunError where none of them gets a gradient."""
+    config, ticket = of.config, given_ticket(of.config.rows, of.tokenizer, of.base.vocab_size)
+    steps = config.steps if config.mode == "partial" else config.embed_steps
+    unread = _unread(of, ticket, steps)
+    if unread and (len(unread) == len(ticket) or config.mode == "transfer"):
+        raise RunError(
+            f"the training never reads {_named(of, unread)} where the patch acts, so there is nothing to train: name "
+            "tokens of the prompt."
+        )
     return ticket
+
+
+def report_unread(of: Material, ticket: Ticket, steps: int) -> None:
+    """Which of a ticket's rows none of the steps read that gave the patch its rows."""
+    if unread := _unread(of, ticket, steps):
+        message = (
+            f"the {counted(steps, 'step')} of the patch's rows never read {_named(of, unread)} where it acts, so these "
+            "stay the base's"
+        )
+        of.reporter.note("unread", message, token_ids=unread)
+
+
+def _unread(of: Material, ticket: Ticket, steps: int) -> list[int]:
+    """The token ids of a ticket that so many steps never read; the head of a patch of both sides learns of any."""
+    if of.config.side == "input+output":
+        return []
+    return [int(i) for i in ticket.token_ids[of.counts_in(steps)[ticket.token_ids] == 0]]
+
+
+def _named(of: Material, ids: list[int]) -> str:
+    return ", ".join(f"{of.tokenizer.decode([i])!r} ({i})" for i in ids)
 
 
 def report_weak_rows(of: Material, ticket: Ticket) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,9 @@ from ksl_patch.data.encoding import IGNORED, Example, collate
 from ksl_patch.errors import RunError
 from ksl_patch.overlay import TrainedRows, training
 from ksl_patch.patch import Scope, Side
-from ksl_patch.train.config import Schedule
 from ksl_patch.train.events import COMPLETE, Events
 from ksl_patch.train.interrupts import interrupts_noted
-from ksl_patch.train.loss import answer_logits, token_loss
+from ksl_patch.train.loss import answer_logits, answer_losses
 from ksl_patch.train.progress import Reporter
 from ksl_patch.train.record import keep
 from ksl_patch.train.stopping import BestAverage, Validation, best_step
@@ -40,7 +40,7 @@ class TuneSettings:
 
     damp_rare: Adam's epsilon is then the size of an average number's gradient when all are clipped to norm 1, so that
     a row which few examples touch moves in proportion to its gradient; plain Adam moves it as far as any other.
-    schedule, warmup: as in `BuildConfig`.
+    schedule, warmup: as in `BuildConfig`, or "constant".
     """
 
     steps: int
@@ -51,7 +51,7 @@ class TuneSettings:
     checkpoint_every: int
     gradient_checkpointing: bool = False
     damp_rare: bool = False
-    schedule: Schedule = "linear"
+    schedule: str = "linear"
     warmup: float = 0.0
 
     def optimiser(self, numbers: int) -> dict[str, int | float | str | bool]:
@@ -62,7 +62,7 @@ class TuneSettings:
 
 
 def optimiser(
-    numbers: int, *, damp_rare: bool, schedule: Schedule = "linear", warmup: float = 0.0, steps: int = 0
+    numbers: int, *, damp_rare: bool, schedule: str = "linear", warmup: float = 0.0, steps: int = 0
 ) -> dict[str, int | float | str | bool]:
     """The optimiser's hyper-parameters for so many trained numbers, by transformers' names for them."""
     return {
@@ -113,24 +113,29 @@ def tune_rows(
         start = find_embedding(model).weight.detach()[token_ids.to(model.device)].float()
     slot = SlotRows(token_ids, start, output=side == "input+output", prompt_only=scope == "prompt")
     with _alone(folder), training(model, slot) as trained, _evaluating_after(model):
-        progress = Events(stage, reporter, later)
-        averaging = None if validation is None else _averaging(model, trained, validation, reporter, stage)
+        progress = Events(stage, reporter, later, ends_by_itself=validation is not None)
         trainer = _RowTrainer(
             model=model,
             args=_arguments(settings, folder, model.device, trained.rows.numel()),
             train_dataset=list(examples),  # type: ignore[arg-type]
             data_collator=lambda batch: collate(batch, pad=0),  # masked and without labels: any id will do
             compute_loss_func=_mean_loss,
-            callbacks=[progress] if averaging is None else [averaging, progress],
         )
         trainer.remove_callback(PrinterCallback)
-        last = _last_complete(folder)
-        if averaging is not None and last is not None:
-            averaging.resume(last)
+        averaging, last = None, _last_complete(folder)
+        if validation is not None:
+            loss = partial(_validation_loss, trainer, model, trained, validation)
+            averaging = BestAverage(trained.rows, loss, reporter, stage)
+            if last is not None:
+                averaging.resume(last)
+            trainer.add_callback(averaging)
+        trainer.add_callback(progress)
+        trainer.accelerator.wait_for_everyone()  # nobody looks for checkpoints that another has deleted
         if averaging is None or not averaging.has_stalled:
             with interrupts_noted(progress.interrupt):
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        if progress.interrupted and trainer.state.global_step < settings.steps:
+        has_ended = averaging is not None and averaging.has_stalled
+        if progress.interrupted and trainer.state.global_step < settings.steps and not has_ended:
             raise KeyboardInterrupt
         found = {"rows": trained.rows.detach()} if averaging is None else averaging.result()
         found = {"token_ids": token_ids} | {name: tensor.cpu().clone() for name, tensor in found.items()}
@@ -142,18 +147,22 @@ def tune_rows(
     return found["rows"]
 
 
-def _averaging(model: Any, trained: TrainedRows, validation: Validation, reporter: Reporter, stage: str) -> BestAverage:
-    def loss() -> float:
-        model.eval()  # the Trainer's next step turns it back
-        return token_loss(model, validation.examples, marking=trained.marking)
+def _validation_loss(trainer: Trainer, model: Any, trained: TrainedRows, validation: Validation) -> float:
+    """Per answer token, in nats; each process computes its share, so that all find the same."""
+    model.eval()  # the Trainer's next step turns it back
+    accelerator = trainer.accelerator
+    own = validation.examples[accelerator.process_index :: accelerator.num_processes]
+    losses, tokens = answer_losses(model, own, marking=trained.marking)
+    found = torch.tensor([sum(losses), sum(tokens)], dtype=torch.float32, device=accelerator.device)
+    total, count = accelerator.reduce(found, "sum").tolist()
+    return float(total / count)
 
-    return BestAverage(trained.rows, loss, reporter, stage)
 
-
-def steps_taken(folder: Path) -> int:
-    """Of a finished stage that stopped by validation, the step whose rows it kept. Raises RunError."""
+def steps_taken(folder: Path) -> tuple[int, int]:
+    """Of a finished stage that stopped by validation, the step whose rows it kept, and the last. Raises RunError."""
     try:
-        return best_step(safetensors.torch.load_file(folder / "rows.safetensors")["losses"].tolist())
+        losses = safetensors.torch.load_file(folder / "rows.safetensors")["losses"].tolist()
+        return best_step(losses), int(losses[-1][0])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _unusable(folder / "rows.safetensors", error) from error
 

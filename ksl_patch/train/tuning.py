@@ -45,8 +45,7 @@ class Tuning(Material):
                 checkpoint_every=config.checkpoint_every,
                 gradient_checkpointing=config.gradient_checkpointing,
                 damp_rare=ticket is None and config.damp_rare,
-                schedule="constant" if auto else config.schedule,
-                warmup=0.0 if auto else config.warmup,
+                **config.rates(rows=ticket is not None),
             ),
             side=config.side,
             scope=config.scope,
@@ -64,13 +63,16 @@ class Tuning(Material):
             return None
         return Validation(self.validation.examples, self.validation.digest)
 
-    def steps_of(self, ticket: Ticket) -> int:
-        """The steps that gave a ticket its rows. Raises RunError where they cannot be told any more."""
+    def steps_of(self, ticket: Ticket) -> tuple[int, int]:
+        """The steps that gave a ticket its rows, and those that were trained.
+
+        Raises RunError where they cannot be told any more.
+        """
         config = self.config
         if not config.trains(ticket.selection)[1]:
-            return 0
+            return 0, 0
         if not config.auto_steps:
-            return config.steps
+            return config.steps, config.steps
         return steps_taken(self.folder.stage("partial", self.key_of(config.steps, config.lr, ticket)))
 
     def _start(self, ticket: Ticket | None) -> torch.Tensor | None:
@@ -92,7 +94,7 @@ class Tuning(Material):
 
     def key_of(self, steps: int, lr: float, ticket: Ticket | None) -> dict[str, Any]:
         """All that a tuning's result depends on."""
-        config, auto = self.config, self._stops_by(ticket)
+        config, auto, rates = self.config, self._stops_by(ticket), self.config.rates(rows=ticket is not None)
         return {
             "base": self.loaded.digest,
             "examples": self.examples_digest,
@@ -106,7 +108,7 @@ class Tuning(Material):
             "machine": asdict(self.machine),
             "token_ids": None if ticket is None else hashlib.sha256(ticket.token_ids.tobytes()).hexdigest(),
             **({"auto": auto.key()} if auto else {}),
-            **({} if config.schedule == "linear" else {"schedule": config.schedule}),
-            **({"warmup": config.warmup} if config.warmup else {}),
+            **({} if rates["schedule"] == "linear" else {"schedule": rates["schedule"]}),
+            **({"warmup": rates["warmup"]} if rates["warmup"] else {}),
             **({"start": start_ids(self, len(ticket))} if ticket and ticket.selection == "reserved" else {}),
         }
