@@ -1,4 +1,4 @@
-"""Which pairs are for figures (held out), for choices (dev), to end a training by (validation) and to train, in which order."""
+"""Which pairs are for figures (held out), choices (dev), a training's end (validation) and training, in which order."""
 
 from __future__ import annotations
 
