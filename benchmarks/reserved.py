@@ -9,15 +9,18 @@ writes these alone). A part is made again where its settings changed, or its fil
 
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 
 import click
+import numpy as np
 from study import (
     DOMAINS,
     NEW_TOKENS,
     PAIRS,
     ROOT,
     ROWS,
+    changed,
     figures_table,
     keep_part,
     kept_in,
@@ -26,6 +29,7 @@ from study import (
     not_measured,
     row_name,
     settings,
+    whole,
     write_tables,
 )
 
@@ -36,20 +40,32 @@ from ksl_patch.evidence.systems import prompts_of
 from ksl_patch.hf import attach
 from ksl_patch.overlay import slot_rows
 from ksl_patch.patch.evaluation import Difference, Evaluation, Figure, read, write
+from ksl_patch.patch.meta import DEFAULT_ALPHA
 from ksl_patch.patch.wording import against, difference, from_base, show
 from ksl_patch.store.card import markdown_table
 from ksl_patch.ticket import given_ticket
 from ksl_patch.train.build import Build
-from ksl_patch.train.loss import answer_losses
+from ksl_patch.train.loss import answer_losses, losses_by_token
 
 RESULTS, DOCUMENT = ROOT / "benchmarks/results/reserved", ROOT / "docs/reserved.md"
 BUILDS = [("gnome", "de"), ("gnome", "ru"), ("quran", "id")]
 STARTS = BUILDS
 FIRST = BUILDS[0]
-WANTED = {"start": STARTS, "main": BUILDS, "sizes": [FIRST], "others": [FIRST]}
+WANTED = {"start": STARTS, "main": BUILDS, "tickets": BUILDS, "tokens": BUILDS, "sizes": [FIRST], "others": [FIRST]}
 SIZES, SEEDS = (1, 4, ROWS, 64), (0, 1)
 SOFT = "reserved rows, no words"
+SYSTEMS = {  # of each its selection, and what else is other in its build
+    "patch": ("reserved", {}),
+    SOFT: ("reserved", {"template": "soft"}),
+    "ks": ("ks", {}),
+    "frequency": ("frequency", {}),
+    row_name("\n"): ("\n", {}),
+}
 CONSTANTS = {"sizes": SIZES, "seeds": SEEDS, "rows": ROWS, "pairs": PAIRS, "new_tokens": NEW_TOKENS}
+
+
+def slot_of(handle, patch):
+    return 0 if patch is None else handle.bank.add(slot_rows(patch))
 
 
 class Study:
@@ -82,7 +98,7 @@ class Study:
     def once(self, which, part):
         build = self.build(which)
         of = {
-            "config": dataclasses.asdict(build.config) | {"base": "gemma3", "pairs": "/".join(which)},
+            "config": changed(build.config, which),
             "base": build.loaded.digest,
             "examples": build.examples_digest,
             "held_out": build.held_out.digest,
@@ -104,13 +120,49 @@ class Study:
 
     def main(self, which):
         """Reserved rows with the instruction and without, and what texts have in their place."""
-        return self.score(which, {
-            "patch": self.seeds(which, "reserved"),
-            SOFT: self.seeds(which, "reserved", template="soft"),
-            "ks": self.seeds(which, "ks"),
-            "frequency": self.seeds(which, "frequency"),
-            row_name("\n"): self.seeds(which, "\n"),
-        })  # fmt: skip
+        return self.score(which, {name: self.seeds(which, kind, **more) for name, (kind, more) in SYSTEMS.items()})
+
+    def tickets(self, which):
+        """Which rows the test and the counts choose, with p and how often the embedding tuning read their tokens."""
+        found = {}
+        for seed in SEEDS:
+            build = self.build(which, seed=seed)
+            ks, frequent = build.ticket("ks", ROWS), build.ticket("frequency", ROWS)
+            found[str(seed)] = {
+                "ks": ks.token_ids.tolist(),
+                "pvalue": ks.pvalue.tolist(),
+                "reads": build.embed_counts[ks.token_ids].tolist(),
+                "frequency": frequent.token_ids.tolist(),
+                "tokens": [build.tokenizer.decode([i]) for i in ks.token_ids.tolist()],
+            }
+        return found
+
+    def tokens(self, which):
+        """Of each answer the loss of its first token, of its end and of those between, and how long the prompts are."""
+
+        def parts(build, examples, patch):
+            with attach(build.model) as handle, handle.serving(slot_of(handle, patch)):
+                each = losses_by_token(build.model, examples, marking=handle.marking)
+            return [[round(x, 4) for x in (one[0], sum(one[1:-1]), one[-1])] for one in each]
+
+        plain = self.build(which).held_out.first(PAIRS)
+        systems = {"base": {"0": parts(self.build(which), plain.examples, None)}}
+        prompts = {"base": plain}
+        for name, (kind, more) in SYSTEMS.items():
+            build = self.build(which, kind if kind == "reserved" else "ks", **more)
+            prompts[name] = build.held_out.first(PAIRS)
+            systems[name] = {
+                str(seed): parts(build, prompts[name].examples, patch)
+                for seed, patch in self.seeds(which, kind, **more).items()
+            }
+        return {
+            "groups": plain.groups,
+            "tokens": [len(each.answer) for each in plain.examples],
+            "prompt": {
+                name: sum(len(each.prompt) for each in pairs.examples) / len(pairs) for name, pairs in prompts.items()
+            },
+            "systems": systems,
+        }
 
     def sizes(self, which):
         """The same at several sizes, with the first seed."""
@@ -128,7 +180,7 @@ class Study:
 
     def losses(self, build, patch, held_out):
         """As outputs, of which the losses alone are looked at."""
-        with attach(build.model) as handle, handle.serving(0 if patch is None else handle.bank.add(slot_rows(patch))):
+        with attach(build.model) as handle, handle.serving(slot_of(handle, patch)):
             losses, tokens = answer_losses(build.model, held_out.examples, marking=handle.marking)
         n = len(held_out)
         return Outputs([""] * n, [True] * n, losses, tokens, [[]] * n)
@@ -187,9 +239,15 @@ def table(function):
     return function
 
 
-def own_label(evaluation, label="reserved rows before the prompt"):
+START_PROMPTS = {"plain": "before the prompt", "soft": "no words"}
+LABELS = {
+    "patch": "reserved rows before the prompt", "ks": "largest KS distance", "frequency": "most frequent rows",
+}  # fmt: skip
+
+
+def own_label(evaluation):
     """The evaluation's systems with what each is called here."""
-    return [(label if each.name == "patch" else each.label, each) for each in evaluation.ordered]
+    return [(LABELS.get(each.name, each.label), each) for each in evaluation.ordered]
 
 
 @table
@@ -207,27 +265,81 @@ def against_table(evaluation):
         (
             name,
             *(against(metric, system.figures[metric]) for metric in ("loss", "chrf", "stop_rate")),
-            " / ".join(f"{value:.3f}" for value in system.figures["loss"].per_seed),
+            *(of_seeds(metric, system.figures[metric]) for metric in ("loss", "chrf", "in_language")),
         )
         for name, system in own_label(evaluation)
     ]  # fmt: skip
-    head = ("", "reserved minus it: loss", "chrF++ raw", "stops by itself", "loss with each seed")
+    head = (
+        "", "reserved minus it: loss", "chrF++ raw", "stops by itself", "with each seed: loss", "chrF++ raw",
+        "in the target language",
+    )  # fmt: skip
+    return markdown_table(head, lines)
+
+
+def of_seeds(metric, figure):
+    return " / ".join(show(metric, value) for value in figure.per_seed)
+
+
+@table
+def tickets(tickets):
+    lines = []
+    for which, of in tickets.items():
+        first, second = (set(of[str(seed)]["ks"]) for seed in SEEDS)
+        for seed in SEEDS:
+            one = of[str(seed)]
+            lines.append((
+                named(which), str(seed), str(sum(p < DEFAULT_ALPHA for p in one["pvalue"])),
+                str(len({*one["ks"]} & {*one["frequency"]})), str(len(first & second)),
+                str(sum(reads < 10 for reads in one["reads"])),
+            ))  # fmt: skip
+    head = ("", "seed", f"p < {DEFAULT_ALPHA:g}", f"among the {ROWS} most frequent", "chosen with the other seed too",
+            "read less than 10 times")  # fmt: skip
+    return markdown_table(head, lines)
+
+
+def averaged(of, name):
+    """A system's losses, averaged over its seeds: [n, 3], and all of an answer as outputs, to be compared."""
+    losses = np.mean(list(of["systems"][name].values()), axis=0)
+    n = len(losses)
+    return losses, Outputs([""] * n, [True] * n, losses.sum(axis=1).tolist(), of["tokens"], [[]] * n)
+
+
+@table
+def tokens(tokens):
+    lines = []
+    for which, of in tokens.items():
+        count, scorer = np.asarray(of["tokens"]), Scorer([""] * len(of["tokens"]), groups=of["groups"])
+        _, base = averaged(of, "base")
+        _, patch = averaged(of, "patch")
+        for name in of["systems"]:
+            losses, outputs = averaged(of, name)
+            first, between, end = losses.sum(axis=0) / (len(count), (count - 2).sum(), len(count))
+            lead = ""
+            if name not in ("base", "patch"):
+                lead = difference("loss", scorer.figures([outputs], base, patch)["loss"].patch_minus)
+            lines.append((
+                named(which), LABELS.get(name, name), f"{of['prompt'][name]:.0f}", f"{first:.2f}", f"{between:.2f}",
+                f"{end:.2f}", f"{losses.sum() / count.sum():.3f}", lead,
+            ))  # fmt: skip
+    head = ("", "", "tokens of a prompt", "loss of the first token", "of each between", "of the end", "of all",
+            "reserved minus it")  # fmt: skip
     return markdown_table(head, lines)
 
 
 @table
 def other_text(main):
-    head = ("loss per token of other text, and of 1,000 tokens how many are changed", "base", "reserved", "no words",
-            "largest KS distance", "most frequent", "the row `\"\\n\"`")  # fmt: skip
     lines = []
     for which, value in main.items():
-        by_name = {each.name: each.figures for each in read(Evaluation, value).systems}
-        names = ("patch", SOFT, "ks", "frequency", row_name("\n"))
-        lines.append((
-            named(which), show("other_loss", by_name["base"]["other_loss"].value),
-            *(", ".join(show(metric, by_name[name][metric].value) for metric in ("other_loss", "touched"))
-              for name in names),
-        ))  # fmt: skip
+        for label, system in own_label(read(Evaluation, value)):
+            figures = system.figures
+            lines.append((
+                named(which), label, show("other_loss", figures["other_loss"].value),
+                *(
+                    (show("touched", figures["touched"].value), f"{8 * figures['other_same'].value:.0f} of 8")
+                    if "touched" in figures else ("", "")
+                ),
+            ))  # fmt: skip
+    head = ("", "", "loss per token of other text", "of 1,000 tokens, changed", "other prompts with the base's answer")
     return markdown_table(head, lines)
 
 
@@ -243,13 +355,13 @@ def sizes(main, sizes):
             figures = system.figures
             lines.append((
                 k, label,
-                from_base("loss", figures["loss"]), " / ".join(f"{x:.3f}" for x in figures["loss"].per_seed),
+                from_base("loss", figures["loss"]),
                 from_base("chrf", figures["chrf"]), show("stop_rate", figures["stop_rate"].value),
                 against("loss", figures["loss"]),
                 from_base("other_loss", figures["other_loss"]),
             ))  # fmt: skip
     head = (
-        "rows", "", "loss minus the base's", "loss with each seed", "chrF++ raw minus the base's", "stops by itself",
+        "rows", "", "loss minus the base's", "chrF++ raw minus the base's", "stops by itself",
         "loss, reserved minus it", "other text's loss minus the base's",
     )  # fmt: skip
     return markdown_table(head, lines)
@@ -258,11 +370,14 @@ def sizes(main, sizes):
 @table
 def start(start):
     lines = [
-        (named(which), key.replace(" ", ", seed "), f"{each['base']:.3f}", f"{each['from text']:.3f}",
+        (named(which), START_PROMPTS[key.split()[0]], key.split()[1], f"{each['base']:.3f}", f"{each['from text']:.3f}",
          f"{each['from themselves']:.3f}", difference("loss", Difference(**each["text minus themselves"])))
         for which, of in start.items() for key, each in of.items()
     ]  # fmt: skip
-    head = ("", "prompt", "base", "from the instruction's rows", "from the reserved rows", "the first minus the second")
+    head = (
+        "", "reserved rows", "seed", "loss of the base", "from the instruction's rows", "from the reserved rows",
+        "the first minus the second",
+    )  # fmt: skip
     return markdown_table(head, lines)
 
 
@@ -286,12 +401,12 @@ def kept_results():
 def setting(kept):
     """What everything was measured with, and what is not measured yet."""
     each = [one for of in kept.values() for one in of.values()]
-    config, cpu = each[0]["of"]["config"], each[0]["machine"]
+    config, cpu = whole(each[0]["of"]["config"]), each[0]["machine"]
     notes = {
         f"- {named(which)}: {note}"
         for which, one in kept["main"].items()
         for note in read(Evaluation, one["value"]).notes
-        if note.startswith("Intervals")
+        if note.startswith(("Intervals", "py3langid"))
     }
     return "\n".join([
         f"{PAIRS} held-out sentences each, seeds {' and '.join(map(str, SEEDS))}; {config['steps']} steps of the "
@@ -310,6 +425,10 @@ def tables(kept):
     for name, function in TABLES.items():
         needs = [parts[part] for part in inspect.signature(function).parameters]
         found[name] = function(*needs) if all(needs) else "Not measured yet."
+    intervals = sum(len(re.findall(r"[0-9]%? to [-+0-9]", text)) for text in found.values())
+    found["setting"] += (
+        f"\n\n{intervals} intervals of 95 % stand on this page: about {intervals / 20:.0f} miss by chance."
+    )
     return found
 
 

@@ -107,9 +107,8 @@ class Study:
 
     def once(self, which, part):
         build = self.builds[which]
-        config = dataclasses.asdict(build.config) | {"base": "gemma3", "pairs": "/".join(which)}
         of = {
-            "config": config,
+            "config": changed(build.config, which),
             "base": build.loaded.digest,
             "examples": build.examples_digest,
             "held_out": build.held_out.digest,
@@ -299,6 +298,18 @@ class Study:
         for part, wanted in WANTED.items():
             for which in wanted:
                 self.once(which, part)
+
+
+def changed(config: BuildConfig, which) -> dict:
+    """The settings that are not the usual ones, so that a later version's new ones make nothing again."""
+    usual = {each.name: each.default for each in dataclasses.fields(BuildConfig)}
+    found = {name: value for name, value in dataclasses.asdict(config).items() if value != usual[name]}
+    return found | {"base": "gemma3", "pairs": "/".join(which)}
+
+
+def whole(config: dict) -> dict:
+    """Settings with the usual ones beside them."""
+    return {each.name: each.default for each in dataclasses.fields(BuildConfig)} | config
 
 
 def keep_part(results: Path, part: str, which, of: dict, make) -> bool:
@@ -607,7 +618,7 @@ def not_measured(kept: dict[str, dict[str, dict]], wanted: dict[str, list]) -> s
 def setting(kept: dict[str, dict[str, dict]]) -> str:
     """What everything was measured with, and what is not measured yet."""
     each = [one for of in kept.values() for one in of.values()]
-    config, cpu = each[0]["of"]["config"], each[0]["machine"]
+    config, cpu = whole(each[0]["of"]["config"]), each[0]["machine"]
     return (
         f"{PAIRS} held-out sentences of each; {ROWS} rows; {config['embed_steps']} steps of embedding tuning and "
         f"{config['steps']} of partial tuning, batch {config['batch_size']}, learning rates {config['embed_lr']} and "

@@ -9,7 +9,7 @@ from ksl_patch.bank import SlotRows
 from ksl_patch.base import find_embedding
 from ksl_patch.data.encoding import IGNORED, Example, collate
 from ksl_patch.overlay import training
-from ksl_patch.train.loss import answer_logits
+from ksl_patch.train.loss import answer_logits, answer_losses, losses_by_token
 
 SIZES = {
     "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -76,3 +76,19 @@ def test_a_model_that_reads_its_head_s_weight_itself_computes_all_logits(batch):
     model.lm_head.__class__ = Direct
     labels = batch.pop("labels")
     assert torch.allclose(answer_logits(model, batch, labels), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_losses_by_token_are_those_of_the_answers():
+    model, g = build("gemma3_text"), torch.Generator().manual_seed(3)
+
+    def ids(n):
+        return torch.randint(3, 400, (n,), generator=g).tolist()
+
+    examples = [Example(ids(5 + i % 4), ids(2 + i % 7)) for i in range(11)]
+    by_token, (losses, counts) = losses_by_token(model, examples), answer_losses(model, examples)
+    assert [len(each) for each in by_token] == counts == [len(each.answer) for each in examples]
+    assert [sum(each) for each in by_token] == pytest.approx(losses)
+    prompt, answer = examples[3]
+    scores = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    assert by_token[3] == pytest.approx((-scores.gather(-1, torch.tensor(answer)[:, None])[:, 0]).tolist(), rel=1e-4)

@@ -27,10 +27,10 @@ def build(gemma, tmp_path_factory):
         name="de",
         alpha=None,
         top_k=18,
-        embed_steps=20,
-        steps=20,
-        dev=32,
-        held_out=32,
+        embed_steps=12,
+        steps=12,
+        dev=24,
+        held_out=24,
     )
     return Build(config, tmp_path_factory.mktemp("real"), SilentReporter())
 

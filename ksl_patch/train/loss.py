@@ -7,7 +7,7 @@ loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -57,6 +57,30 @@ def answer_losses(
     marking: of the handle whose patches the model answers with, so that those of scope "prompt" act on prompts alone.
     """
     losses, counts = [0.0] * len(examples), [0] * len(examples)
+    for part, each, answer in _losses(model, examples, batch_size, marking):
+        for i, loss, count in zip(part, each.double().sum(dim=1).tolist(), answer.sum(dim=1).tolist(), strict=True):
+            losses[i], counts[i] = loss, count
+    if not math.isfinite(sum(losses)):
+        raise RunError("the model's loss on these pairs is not a number: its rows or its weights are too large.")
+    return losses, counts
+
+
+@torch.no_grad()
+def losses_by_token(
+    model: Any, examples: Sequence[Example], *, batch_size: int = 8, marking: Marking | None = None
+) -> list[list[float]]:
+    """Negative log-likelihood of each token of each example's answer, the end last; see `answer_losses`."""
+    losses: list[list[float]] = [[] for _ in examples]
+    for part, each, answer in _losses(model, examples, batch_size, marking):
+        for i, row, mask in zip(part, each, answer.to(each.device), strict=True):
+            losses[i] = row[mask].tolist()
+    return losses
+
+
+def _losses(
+    model: Any, examples: Sequence[Example], batch_size: int, marking: Marking | None
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Which examples are in a batch, their tokens' losses float [B, T], 0 but where bool [B, T] says, of the answer."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt) + len(examples[i].answer))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
@@ -68,11 +92,7 @@ def answer_losses(
         answer = labels != IGNORED
         each = torch.zeros(labels.shape, device=logits.device)
         each[answer] = F.cross_entropy(logits.float(), labels[answer].to(logits.device), reduction="none")
-        for i, loss, count in zip(part, each.double().sum(dim=1).tolist(), answer.sum(dim=1).tolist(), strict=True):
-            losses[i], counts[i] = loss, count
-    if not math.isfinite(sum(losses)):
-        raise RunError("the model's loss on these pairs is not a number: its rows or its weights are too large.")
-    return losses, counts
+        yield part, each, answer
 
 
 def token_loss(
