@@ -31,7 +31,7 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: test lint site fast slow browser real vllm vllm-v2 vllm-short vllm-engine vllm-serve vllm-next matrix stress gpu demo model study bench clean
 
 test:
-	$(MAKE) -j 3 .venv/dev .venv-vllm/dev model
+	$(MAKE) -j 2 .venv/dev .venv-vllm/dev
 	$(MAKE) lint site fast slow browser
 	$(MAKE) -j 2 --output-sync=target real vllm
 
