@@ -541,7 +541,7 @@ def test_sources_that_were_read_are_known_without_the_run_folder(config, tmp_pat
     with pytest.raises(DataError, match="1 of the 1 test pairs"):
         encode_test(sampled, made.model, made.tokenizer, [known], made, reporter)
     encode_test(patch, made.model, made.tokenizer, [*new, made.pairs.dev[0]], made, reporter)
-    assert "1 of the test pairs are dev pairs" in reporter.notes[-1][1]
+    assert "1 of the test pairs are dev or validation pairs" in reporter.notes[-1][1]
     bare = patch.with_meta(training=dataclasses.replace(patch.meta.training, sources=None))
     encode_test(bare, made.model, made.tokenizer, [*new, known], None, reporter)
     assert "it may have seen the test pairs" in reporter.notes[-1][1]

@@ -78,6 +78,15 @@ def engine(folder):
     gc.collect()
 
 
+@pytest.fixture(scope="module")
+def eager(folder):
+    """Another without chunks, and without LoRA of attention."""
+    llm = start(folder, lora_target_modules=["embed_tokens"], enforce_eager=True)
+    yield llm
+    del llm
+    gc.collect()
+
+
 @pytest.fixture
 def another(folder):
     """Start another engine for one test."""
@@ -163,16 +172,15 @@ def test_transformers_own_implementation_of_a_model(another, patches, plain):
     check_mixed(another(enforce_eager=True, model_impl="transformers"), patches, plain)
 
 
-def test_warm_up_batches_between_requests(another, patches, plain):
+def test_warm_up_batches_between_requests(eager, patches, plain):
     """What an idle rank of data parallelism computes, with adapters of the ids 1, 2, ... that are somebody's here."""
-    llm = another(enforce_eager=True)
     texts = prompts(5, 40, 17, 60)
     own = {n: adapter(n, i, request(patches[n]).lora_path) for i, n in enumerate(PATCHES, 1)}
     for _ in range(2):
-        found = tokens(greedy(llm, texts, [None, *own.values()]))
+        found = tokens(greedy(eager, texts, [None, *own.values()]))
         wanted = zip((None, *PATCHES), texts, strict=True)
         assert found == [expected(plain[choice], text) for choice, text in wanted]
-        llm.collective_rpc("execute_dummy_batch")
+        eager.collective_rpc("execute_dummy_batch")
 
 
 def test_a_patch_that_was_read_needs_its_file_no_more(another, patches, plain, model, tmp_path):
@@ -188,11 +196,10 @@ def test_a_patch_that_was_read_needs_its_file_no_more(another, patches, plain, m
         (tmp_path / "a.safetensors").unlink(missing_ok=True)
 
 
-def test_what_cannot_be_served_fails_its_own_request(another, patches, plain, model, tmp_path):
-    llm = another(enforce_eager=True)
+def test_what_cannot_be_served_fails_its_own_request(eager, patches, plain, model, tmp_path):
     good, text = request(patches["a"], "a"), prompts(20)[0]
     for what, (bad, why) in refusals(model, tmp_path).items():
-        found = greedy(llm, [text] * 3, [good, bad, None])
+        found = greedy(eager, [text] * 3, [good, bad, None])
         assert [output.outputs[0].finish_reason for output in found] == ["length", "error", "length"], what
         assert tokens(found) == [expected(plain["a"], text), [], expected(model, text)]
         assert re.search(why, found[1].outputs[0].stop_reason), what

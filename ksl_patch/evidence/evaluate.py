@@ -235,7 +235,7 @@ def encode_test(
         trained = {pair.key for pair in build.pairs.train}
         read, whole = sum(pair.key in trained for pair in kept), True
         if count := sum(pair.key in chosen for pair in kept):
-            message = f"{count} of the test pairs are the build's for choices: some may have been made on them"
+            message = f"{count} of the test pairs are dev or validation pairs: choices may have been made on them"
             reporter.note("dev", message, pairs=count)
     else:
         read, whole = seen(training.sources, kept) if training and training.sources else (0, True)
