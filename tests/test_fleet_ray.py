@@ -3,7 +3,9 @@
 import json
 import threading
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 from conftest import PAIRS, run_cli
 
@@ -45,6 +47,18 @@ def cluster(monkeypatch):
     made.shutdown()
 
 
+def parents_of_a_training(folder):
+    """The process ids above one that holds a stage under a folder, in which there is a checkpoint; none yet."""
+    for lock in folder.glob("*.run/partial-*/.lock"):
+        if not list(lock.parent.glob("checkpoint-*/complete")):
+            continue
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if str(lock) in [file.path for file in process.open_files()]:
+                    return {each.pid for each in process.parents()}
+    return set()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_lost_node_s_languages_go_on_elsewhere(tmp_path, file, cluster, base_folder):
@@ -52,11 +66,11 @@ def test_a_lost_node_s_languages_go_on_elsewhere(tmp_path, file, cluster, base_f
     seen = {}
 
     def lose():
-        """A worker, once both train and have checkpoints."""
-        while not all(list((tmp_path / f"{name}.safetensors.run").glob("partial-*/checkpoint-*/complete"))
-                      for name in LANGUAGES[:2]):  # fmt: skip
-            time.sleep(0.1)
-        made.remove_node(workers[0], allow_graceful=False)
+        """A worker that trains and has a checkpoint."""
+        while not (above := parents_of_a_training(tmp_path)):
+            time.sleep(0.05)
+        [worker] = [each for each in workers if each.all_processes["raylet"][0].process.pid in above]
+        made.remove_node(worker, allow_graceful=False)
         seen["lost"] = True
 
     thread = threading.Thread(target=lose, daemon=True)

@@ -26,7 +26,7 @@ def disk(tmp_path):
         return folder
 
     yield sized
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.mark.slow
