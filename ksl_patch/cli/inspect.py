@@ -111,7 +111,7 @@ def _print(patch: Patch, size: int, limit: int, elsewhere: Elsewhere | None) -> 
         fact("ticket", meta.ticket.rule + (f", {counted(weak, 'row')} of these with p >= {level:g}" if weak else ""))
     if meta.training:
         t = meta.training
-        fact("training", f"{t.mode}, read {t.read}, {t.tunings}, seed {t.seed}")  # fmt: skip
+        fact("training", f"{t.mode}, read {t.read}, {t.tunings}, seed {t.seed}")
         fact("optimiser", t.settings or None)
     try:
         evaluation = read(Evaluation, meta.evaluation)
