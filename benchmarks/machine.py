@@ -25,8 +25,8 @@ def machine(device="cpu"):
 def paired(base, other):
     """The median of the rounds' own ratios, base / other, and its 95 % bootstrap interval: machines drift."""
     ratios = np.array(base) / np.array(other)
-    if np.ptp(ratios) == 0:
-        return 1.0, [1.0, 1.0]
+    if np.ptp(ratios) == 0:  # of one with itself, or of one round
+        return float(ratios[0]), [float(ratios[0])] * 2
     interval = scipy.stats.bootstrap((ratios,), np.median, confidence_level=0.95, rng=0).confidence_interval
     return float(np.median(ratios)), list(map(float, interval))
 

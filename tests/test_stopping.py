@@ -87,10 +87,12 @@ def test_it_is_enough_when_the_loss_has_not_fallen_in_a_third_of_the_steps(losse
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scope", ["all", "prompt"])
-def test_a_build_keeps_the_rows_of_the_lowest_validation_loss(build, scope):
+@pytest.mark.parametrize("changes", [
+    {}, {"scope": "prompt"}, {"side": "input+output"}, {"accumulate": 3, "batch_size": 1},
+])  # fmt: skip
+def test_a_build_keeps_the_rows_of_the_lowest_validation_loss(build, changes):
     reporter = Failing()
-    made = build(reporter, scope=scope)
+    made = build(reporter, **changes)
     patch = made.patch()
     looks = [values for event, values in reporter.notes if event == "validation"]
     lowest = min(looks, key=lambda each: each["loss"])
@@ -107,7 +109,7 @@ def test_a_build_keeps_the_rows_of_the_lowest_validation_loss(build, scope):
     parts = made.pairs.train, made.pairs.dev, made.pairs.held_out, made.pairs.validation
     keys = [{pair.key for pair in part} for part in parts]
     assert len(set().union(*keys)) == sum(map(len, keys))
-    given = build(run="other", auto_steps=False, scope=scope)
+    given = build(run="other", auto_steps=False, **changes)
     assert (given.pairs.dev, given.pairs.held_out) == (made.pairs.dev, made.pairs.held_out)
     assert given.pairs.validation == []
     again = reopen(patch, made.run)
@@ -200,6 +202,18 @@ def test_controls_and_seeds_stop_by_themselves_too(build):
         assert other.validation.pairs == made.validation.pairs
         # Every row of a control has been read by the first step that may be kept.
         assert (other.counts_in(20)[control.token_ids] > 0).all() or selection == "ks"
+
+
+@pytest.mark.slow
+def test_each_row_that_is_tried_alone_stops_by_itself(build):
+    reporter = Failing()
+    patch = build(reporter, selection="single", top_k=None, steps=60, template="en {source} es").patch()
+    tried = [values for event, values in reporter.notes if event == "candidate"]
+    stopped = [values for event, values in reporter.notes if event == "best"]
+    assert len(tried) == len(stopped) > 1
+    best = min(tried, key=lambda each: each["loss"])
+    assert patch.token_ids.tolist() == [best["token_id"]]
+    assert patch.meta.training.steps == stopped[tried.index(best)]["step"]
 
 
 def test_a_row_that_no_kept_step_read_is_said(build):
