@@ -12,10 +12,10 @@ from hub_server import Repo
 
 from ksl_patch.base import find_embedding
 from ksl_patch.data.templates import make_template
-from ksl_patch.errors import RunError
 from ksl_patch.hf import attach, load_base
+from ksl_patch.interop.checkpoint import ids_inside
 from ksl_patch.overlay import slot_rows
-from ksl_patch.patch import Patch
+from ksl_patch.patch import Patch, TemplateMeta
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,7 @@ def folder(reserved_folder):
 
 def exported(tmp_path, folder, *patches, **options):
     files = []
+    tmp_path.mkdir(exist_ok=True)
     for patch in patches:
         patch.save(tmp_path / f"{patch.meta.name}.safetensors")
         files.append(tmp_path / f"{patch.meta.name}.safetensors")
@@ -96,7 +97,8 @@ def test_any_architecture_s_checkpoint_has_the_patch_s_bits(tmp_path, reserved_t
     with torch.no_grad():
         with attach(model) as handle, handle.serving(handle.bank.add(slot_rows(patch))):
             wanted = model(ids).logits
-        assert write_checkpoint(model, reserved_tokenizer, patch, [patch], tmp_path / "m", base="x") == (tied, 0)
+        written = write_checkpoint(model, reserved_tokenizer, patch, [patch], tmp_path / "m", base="x")
+        assert (written.untied, written.lost) == (tied, 0)
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
         assert torch.equal(again(ids).logits, wanted)
 
@@ -213,7 +215,7 @@ def test_a_shard_is_a_size(tmp_path, folder, arguments, sentence):
 
 
 def test_the_card_says_how_a_chat_s_prompt_is_read_and_what_names_none(tmp_path, folder):
-    from ksl_patch.interop.checkpoint import card
+    from ksl_patch.interop.model_card import card
     from ksl_patch.merge import merge
 
     chat = make_template("chat", source_language="en", language="es", tokenizer=load_base(str(folder))[1])
@@ -243,11 +245,64 @@ def test_reserved_tokens_of_patches_inside_are_left_alone(tmp_path, folder, pair
     }  # fmt: skip
     build = Build(BuildConfig(**settings), tmp_path / "run", SilentReporter())
     assert build.reserved_ids == [402, 405, 406]
-    listed = tmp_path / "model" / "ksl_patch.json"
-    for broken in (b"[" * 10**6, b"{}", b'{"patches": [{"token_ids": ["x"]}]}'):
-        listed.write_bytes(broken)
-        with pytest.raises(RunError, match="does not say which tokens"):
-            Build(BuildConfig(**settings), tmp_path / "run", SilentReporter())
+    # Its configuration says which they are: a list that was not downloaded, or is broken, changes nothing.
+    (tmp_path / "model" / "ksl_patch.json").unlink()
+    build = Build(BuildConfig(**settings), tmp_path / "run", SilentReporter())
+    assert build.reserved_ids == [402, 405, 406]
+
+
+def test_a_model_made_of_one_with_patches_has_all_of_them(tmp_path, folder):
+    template = TemplateMeta(text="<|reserved_special_token_0|>{source} =", chat=False)
+    first = some(folder, "es", [400, 404], language="es", template=template)
+    assert exported(tmp_path / "1", folder, first)[0] == 0
+    one = tmp_path / "1/model"
+    second = some(one, "fra", [402], language="fr")
+    assert exported(tmp_path / "2", one, second)[0] == 0
+    two = tmp_path / "2/model"
+    listed = json.loads((two / "ksl_patch.json").read_bytes())["patches"]
+    assert [(each["name"], each["digest"]) for each in listed] == [("es", first.digest), ("fra", second.digest)]
+    card = (two / "README.md").read_text()
+    assert "had 1 of the patches below already" in card
+    assert json.dumps(template.text) in card
+    model = load_base(str(two), device="cpu")[0]
+    assert ids_inside(model) == {400, 402, 404}
+    assert torch.equal(find_embedding(model).weight[[400, 404]], first.rows)
+    # None of theirs may be overwritten, and a list that does not hold is no list.
+    code, _, err = exported(tmp_path / "3", two, some(two, "italian", [404, 405]))
+    assert (code, "token 404 is one of theirs, so its row would be lost" in err) == (1, True)
+    patch = some(two, "italian", [405])
+    for broken in (b"[" * 10**6, b"{}", b'{"patches": [{"token_ids": ["x"]}]}', b'{"patches": []}', None):
+        if broken is None:
+            (two / "ksl_patch.json").unlink()
+        else:
+            (two / "ksl_patch.json").write_bytes(broken)
+        code, _, err = exported(tmp_path / "4", two, patch)
+        assert (code, "its ksl_patch.json does not say which" in err) == (1, True)
+
+
+def test_the_card_names_the_weights_that_are_in_the_model(tmp_path, folder):
+    tuned, patch = tmp_path / "tuned", some(folder, "es", [400])
+    shutil.copytree(folder, tuned)
+    model = load_base(str(folder), device="cpu")[0]
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(0.1)
+    model.save_pretrained(tuned)
+    assert exported(tmp_path / "1", tuned, patch)[0] == 0
+    card = (tmp_path / "1/model/README.md").read_text()
+    assert "base_model: tuned" in card
+    assert "# tuned with 1 embedding patch" in card
+    assert "were made for another model with the same rows" in card
+    assert exported(tmp_path / "2", folder, patch)[0] == 0
+    assert f"base_model: {folder.name}" in (tmp_path / "2/model/README.md").read_text()
+
+
+def test_rows_of_texts_beside_others_are_said(tmp_path, folder):
+    code, out, _ = exported(tmp_path / "1", folder, some(folder, "es", [400]), some(folder, "fra", [404, 31]))
+    said = "Rows of fra are of tokens that texts have: they act in the prompts of the other patches here too."
+    assert (code, said in out) == (0, True), out
+    assert said in (tmp_path / "1/model/README.md").read_text()
+    code, out, _ = exported(tmp_path / "2", folder, some(folder, "es", [400]), some(folder, "fra", [404]))
+    assert (code, "tokens that texts have" in out) == (0, False)
 
 
 @pytest.mark.parametrize("output", ["a/" + "b" * 300, "file/model"])

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import PAIRS, run_cli
+from conftest import PAIRS, run_cli, some
 
 from ksl_patch.errors import RunError
 from ksl_patch.patch import Patch
@@ -116,10 +119,11 @@ def test_a_failure_that_nobody_foresaw_is_one_too(fleet, monkeypatch):
     assert "by zero" in Path(kept).read_text()
 
 
-def test_reserved_rows_of_a_file_take_their_own_tokens(tmp_path, reserved_folder, fleet):
+@pytest.mark.parametrize("beside", [([], ["es"], ["es", "fr"]), ("false", '"es"', "true")])
+def test_reserved_rows_of_a_file_take_their_own_tokens(tmp_path, reserved_folder, fleet, beside):
     patches = "".join(
-        f'[patches.{name}]\npairs = "{name}.jsonl"\nfile = "out/{name}.safetensors"\nbeside = {beside}\n'
-        for name, beside in (("es", []), ("fr", ["es"]), ("it", ["es", "fr"]))
+        f'[patches.{name}]\npairs = "{name}.jsonl"\nfile = "out/{name}.safetensors"\nbeside = {others}\n'
+        for name, others in zip(("es", "fr", "it"), beside, strict=True)
     )
     build = BUILD.replace("top-k = 4", 'top-k = 3\nselection = "reserved"\ndamp-rare = false')
     file = fleet(patches, build)
@@ -129,6 +133,68 @@ def test_reserved_rows_of_a_file_take_their_own_tokens(tmp_path, reserved_folder
     assert code == 0, (err, found)
     ids = [Patch.load(tmp_path / "out" / f"{name}.safetensors").token_ids.tolist() for name in ("es", "fr", "it")]
     assert sum(map(len, ids)) == len({i for each in ids for i in each}) == 9
+
+
+def test_a_patch_that_is_only_served_is_a_neighbour_too(tmp_path, reserved_folder, fleet):
+    """By the file's own names first, whatever the store, or a folder here, is called."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "de").mkdir()
+    some(reserved_folder, "served", [400, 402]).save(tmp_path / "out/de.safetensors")
+    build = BUILD.replace("top-k = 4", 'top-k = 2\nselection = "reserved"\ndamp-rare = false')
+    for beside in ("true", '"de"', '["de"]'):
+        file = fleet(
+            'de = "out/de.safetensors"\n[patches.es]\npairs = "es.jsonl"\nfile = "out/es.safetensors"\n'
+            f"beside = {beside}\n",
+            build + "[patches]\n",
+        )
+        file.write_text(file.read_text().replace(file.read_text().splitlines()[0], f'base = "{reserved_folder}"'))
+        code, found, _, err = built(file, "--force")
+        assert code == 0, (err, found)
+        assert Patch.load(tmp_path / "out/es.safetensors").token_ids.tolist() == [404, 405]
+
+
+def test_what_is_said_of_the_same_rows_is_replaced_with_force(fleet, tmp_path):
+    built(fleet(THREE), "es")
+    file = tmp_path / "es.safetensors"
+    measured = Patch.load(file).meta.evaluation | {"part": "held-out"}
+    Patch.load(file).with_meta(evaluation=measured).save(file)
+    code, found, _, _ = built(fleet(THREE, BUILD + 'licence = "CC0-1.0"\n'), "es")
+    assert (code, "licence None, now 'CC0-1.0'): --force replaces it" in found["es"]["message"]) == (1, True)
+    assert Patch.load(file).meta.licence is None
+    code, found, _, _ = built(fleet(THREE, BUILD + 'licence = "CC0-1.0"\n'), "es", "--force")
+    assert (code, found["es"]["unchanged"]) == (0, False)
+    assert (Patch.load(file).meta.licence, Patch.load(file).meta.evaluation) == ("CC0-1.0", measured)
+    code, found, _, _ = built(fleet(THREE, BUILD + 'licence = "CC0-1.0"\n'), "es", "--force")
+    assert (code, found["es"]["unchanged"]) == (0, True)
+
+
+@pytest.mark.slow
+def test_one_that_is_killed_goes_on_where_it_was_and_makes_nothing_again(fleet, tmp_path):
+    file = fleet(THREE, BUILD.replace("steps = 2\n", "steps = 6\ncheckpoint-every = 3\n", 1))
+    whole = {name: each["digest"] for name, each in built(file)[1].items()}
+    kept = {name: (tmp_path / f"{name}.safetensors").read_bytes() for name in whole}
+    for name in whole:
+        (tmp_path / f"{name}.safetensors").unlink()
+        shutil.rmtree(tmp_path / f"{name}.safetensors.run")
+    command = [sys.executable, "-m", "ksl_patch", "build", "--config", str(file), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            event = json.loads(line)
+            if (event.get("patch"), event["event"], event.get("step")) == ("fr", "step", 5):
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL
+    assert Patch.load(tmp_path / "es.safetensors").rows.equal(Patch.from_bytes(kept["es"]).rows)
+    assert not (tmp_path / "fr.safetensors").exists()
+    code, found, events, err = built(file)
+    assert code == 0, err
+    assert {name: each["digest"] for name, each in found.items()} == whole
+    assert [each["unchanged"] for each in found.values()] == [True, False, False]
+    own = {name: [each for each in events if each.get("patch") == name] for name in whole}
+    assert not any(each["event"] in ("begin", "step") for each in own["es"])
+    assert "partial tuning: continues at step 3" in [
+        each["message"] for each in own["fr"] if each["event"] == "resumed"
+    ]
 
 
 def test_in_plain_lines_each_has_its_name(fleet):

@@ -310,6 +310,13 @@ def test_a_patch_of_another_base_is_no_neighbour(tmp_path, folder, pairs_file, p
     load_base(str(folder), device="cpu")[1].save_pretrained(other)
     with pytest.raises(BaseMismatchError):
         built(tmp_path, other, pairs_file, beside=(str(tmp_path / "es.safetensors"),))
+    # Nor one of a base with the same reserved rows and others elsewhere.
+    model = load_base(str(folder), device="cpu")[0]
+    with torch.no_grad():
+        find_embedding(model).weight[30] += 1
+    model.save_pretrained(other)
+    with pytest.raises(BaseMismatchError, match="other rows elsewhere"):
+        built(tmp_path, other, pairs_file, beside=(str(tmp_path / "es.safetensors"),))
 
 
 def test_a_tokenizer_that_would_not_reach_the_rows_is_refused(patch, folder):
@@ -491,7 +498,8 @@ def test_a_patch_of_the_head_is_never_harmless(folder):
     model, tokenizer = load_base(str(folder), device="cpu")
     rows = find_embedding(model).weight.detach()[[400]] + 1
     whole = Patch.from_model(model, [400], rows, name="whole", tokenizer=tokenizer, side="input+output")
-    assert touched(whole, tokenizer, model).reserved is False
+    found = touched(whole, tokenizer, model)
+    assert (found.reserved, found.touched) == (False, found.tokens)
     assert touched(replace(whole, meta=replace(whole.meta, side="input")), tokenizer, model).reserved is True
 
 
@@ -569,6 +577,11 @@ def test_alone_and_with_the_run_folder_the_base_has_one_prompt(tmp_path, folder,
         assert code == 0, err
         results.append(json.loads(out))
     assert results[0]["loss_base"] == results[1]["loss_base"]
+    # What the template's own tokens are elsewhere in a prompt, nobody measures.
+    test.write_text(json.dumps({"source": "a <|reserved_special_token_0|>", "target": "b"}) + "\n" + test.read_text())
+    for more in (("--run", tmp_path / "run"), ("--alone", "--base", folder)):
+        code, _, err = run_cli("eval", file, *common, *more)
+        assert (code, "finds other reserved tokens in the pair" in err) == (1, True)
     for result in results:
         assert any(f"{PLAIN!r}, has: base" in note for note in result["notes"])
 

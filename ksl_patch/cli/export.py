@@ -90,7 +90,8 @@ def _model(patches: list[Patch], base: str, revision: str | None, shard: str, ou
 
     from ksl_patch.errors import PatchError
     from ksl_patch.hf import load_base
-    from ksl_patch.interop.checkpoint import files_of, missing, new_folder, write_checkpoint
+    from ksl_patch.interop.checkpoint import files_of, new_folder, write_checkpoint
+    from ksl_patch.interop.model_card import missing, mixed
     from ksl_patch.merge import merge_all
 
     try:
@@ -114,21 +115,23 @@ def _model(patches: list[Patch], base: str, revision: str | None, shard: str, ou
         for patch in patches:
             patch.check(model, tokenizer)
         files = files_of(base, revision)
-        untied, lost = write_checkpoint(model, tokenizer, merged, patches, made, base=base, files=files, shard=shard)
+        done = write_checkpoint(model, tokenizer, merged, patches, made, base=base, files=files, shard=shard)
     if files is None and not as_json:
         click.echo(f"The licences of {base} could not be had, and are not beside the model.", err=True)
     nbytes = sum(file.stat().st_size for file in output.iterdir())
     if as_json:
         digests = [patch.digest for patch in patches]
         print(json.dumps({
-            "path": str(output), "format": "model", "bytes": nbytes, "patches": digests, "untied": untied,
-            "values_left_out": lost,
+            "path": str(output), "format": "model", "bytes": nbytes, "patches": digests, "untied": done.untied,
+            "values_left_out": done.lost, "in_texts": done.in_texts,
         }))  # fmt: skip
         return
-    head = "; its head, which was tied to the embedding, has a table of its own" if untied else ""
+    head = "; its head, which was tied to the embedding, has a table of its own" if done.untied else ""
     click.echo(
         f"{output}: the base with {len(merged.token_ids)} rows of {len(patches)} "
         f"{'patch' if len(patches) == 1 else 'patches'}, {nbytes:,} bytes{head}"
     )
-    if lost:
-        click.echo(missing(lost))
+    if done.in_texts:
+        click.echo(mixed(done.in_texts))
+    if done.lost:
+        click.echo(missing(done.lost))

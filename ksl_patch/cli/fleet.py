@@ -41,7 +41,7 @@ def build_fleet(
     wanted = {name: recipe for name, recipe in recipes.items() if not names or name in names}
     if not wanted:
         raise click.UsageError(f"{config} has no [patches.NAME] with pairs, so there is nothing to build.")
-    settings = {name: _settings(context, config, name, base, recipe, recipes) for name, recipe in wanted.items()}
+    settings = {name: _settings(context, config, name, base, recipe) for name, recipe in wanted.items()}
 
     starting(as_json)
     with needing(TRAIN):
@@ -67,16 +67,11 @@ def build_fleet(
         context.exit(1)
 
 
-def _settings(
-    context: click.Context, config: Path, name: str, base: str, recipe: Recipe, recipes: dict[str, Recipe]
-) -> dict[str, Any]:
+def _settings(context: click.Context, config: Path, name: str, base: str, recipe: Recipe) -> dict[str, Any]:
     """The settings of one patch: the file's, and above them what the command line has."""
     try:
         here = str(Path(base).absolute()) if Path(base).is_dir() else base
         given = {"base": here, "name": name, "language": name} | recipe.options
-        if isinstance(beside := given.get("beside"), list | str):
-            each = [beside] if isinstance(beside, str) else beside
-            given["beside"] = [str(recipes[other].file) if other in recipes else other for other in each]
         arguments = [*_arguments(context.command, given), "--output", str(recipe.file)]
         own = context.command.make_context("build", arguments, parent=context.parent)
         above = given_in(context) - {"more", "config"}

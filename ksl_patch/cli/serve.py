@@ -79,6 +79,14 @@ class _Serve(click.Command):
 @click.option("--allow-runtime-patches", is_flag=True, help="Load, replace and unload over HTTP. Needs an API key.")
 @click.option("--apply-template", is_flag=True, help="Give /v1/completions prompts the template of their patch.")
 @click.option(
+    "--by-language",
+    is_flag=True,
+    help="A request for BASE whose language is said (Content-Language, Accept-Language, or `language` in its body) "
+    "gets the patch of that language.",
+)
+@click.option("--strict-language", is_flag=True, help="With --by-language: 406 where no patch speaks it, not BASE.")
+@click.option("--other-scripts", is_flag=True, help="With --by-language: another script of the language will do.")
+@click.option(
     "--require-signature",
     "key",
     metavar="KEY",
@@ -101,6 +109,9 @@ def serve(
     max_rows: int | None,
     allow_runtime_patches: bool,
     apply_template: bool,
+    by_language: bool,
+    strict_language: bool,
+    other_scripts: bool,
     key: Path | None,
     lora: bool,
     dry_run: bool,
@@ -112,6 +123,8 @@ def serve(
     """
     if as_json and not dry_run:
         raise click.UsageError("--json prints the command of --dry-run: add that, or leave it out.")
+    if (strict_language or other_scripts) and not by_language:
+        raise click.UsageError("--strict-language and --other-scripts are for --by-language: add that.")
     if not dry_run:
         _check_installed()
     flags = list(ctx.args)
@@ -142,6 +155,9 @@ def serve(
         "orgs": list(orgs),
         "runtime": allow_runtime_patches,
         "template": apply_template,
+        "by_language": by_language,
+        "strict_language": strict_language,
+        "other_scripts": other_scripts,
         "guard": looks_up and not os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
         "key": None if key is None else str(key.resolve()),
     }

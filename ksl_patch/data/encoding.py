@@ -69,24 +69,24 @@ def encode(
 
     The prompt is tokenised exactly as it will be at generation; the answer is what follows it when prompt
     and target are tokenised together, wherever the tokenizer keeps the prompt's own tokens apart, and `end` unless
-    the template names another.
+    the template names another. Behind reserved tokens it is cut as in the base's own prompt: a tokenizer may begin
+    a text anew behind them, and losses per token compare only where the tokens are the same.
     """
     end = end if template.end_token_id is None else template.end_token_id
-    prompts = [pair.prompt(template) for pair in pairs]
+    base = template.of_base()
+    prompts = prompt_ids(tokenizer, [pair.prompt(base) for pair in pairs], chat=base.chat)
+    own = prompts
+    if base != template:
+        own = prompt_ids(tokenizer, [pair.prompt(template) for pair in pairs], chat=template.chat)
     # An answer stands off by a space where the prompt does not end in white space: "Spanish:" -> " Hola".
-    gap = (template.before_answer or "") if template.chat else "" if template.text[-1:].isspace() else " "
-    texts = [prompt + gap + pair.target for prompt, pair in zip(prompts, pairs, strict=True)]
+    gap = (base.before_answer or "") if base.chat else "" if base.text[-1:].isspace() else " "
+    whole = prompt_ids(tokenizer, [pair.prompt(base) + gap + pair.target for pair in pairs], chat=base.chat)
     kept, examples = [], []
-    for prompt, full, pair in zip(
-        prompt_ids(tokenizer, prompts, chat=template.chat),
-        prompt_ids(tokenizer, texts, chat=template.chat),
-        pairs,
-        strict=True,
-    ):
+    for prompt, before, full, pair in zip(own, prompts, whole, pairs, strict=True):
         if full and full[-1] == end:  # a tokenizer that adds the end itself
             full = full[:-1]
-        apart = full[: len(prompt)] == prompt
-        answer = full[len(prompt) :] if apart else tokenizer(gap + pair.target, add_special_tokens=False).input_ids
+        apart = full[: len(before)] == before
+        answer = full[len(before) :] if apart else tokenizer(gap + pair.target, add_special_tokens=False).input_ids
         example = Example(prompt, [*answer, end])
         if max_length is None or len(example.prompt) + len(example.answer) <= max_length:
             kept.append(pair)

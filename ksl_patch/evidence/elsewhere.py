@@ -57,14 +57,18 @@ def not_reserved(patch: Patch, tokenizer: Any, model: Any = None) -> dict[int, s
 
 
 def touched(patch: Patch, tokenizer: Any, model: Any = None) -> Elsewhere:
-    """How many tokens of the sample a patch has rows of, and whether it is harmless outside its template."""
+    """How many tokens of the sample a patch has rows of, and whether it is harmless outside its template.
+
+    Rows of the head touch all of them: what is said after every token is another.
+    """
     ids = set(patch.token_ids.tolist())
     texts = [tokenizer(text).input_ids for text in sample().values()]
-    found = sum(token in ids for text in texts for token in text)
+    tokens, head = sum(map(len, texts)), patch.meta.side != "input"
+    found = tokens if head else sum(token in ids for text in texts for token in text)
     return Elsewhere(
         reserved=not found and not not_reserved(patch, tokenizer, model),
         languages=len(texts),
-        tokens=sum(map(len, texts)),
+        tokens=tokens,
         touched=found,
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
+from ksl_patch.base.reserved import ReservedTokens
 from ksl_patch.data.encoding import Encoded, check_ids, encode, source_tokens
 from ksl_patch.data.pairs import Pair, distinct
 from ksl_patch.data.sketch import seen
@@ -14,11 +15,12 @@ from ksl_patch.errors import DataError, RunError
 from ksl_patch.evidence.elsewhere import elsewhere_in, elsewhere_of, other_text
 from ksl_patch.evidence.outputs import Cache, Outputs, outputs_of, token_limit
 from ksl_patch.evidence.scorer import Scorer
-from ksl_patch.hf import end_token_id
+from ksl_patch.hf import end_token_id, prompt_ids
 from ksl_patch.patch import Patch, TemplateMeta
 from ksl_patch.patch.evaluation import SYSTEMS, Evaluation, Occurrence, Sample, SystemScores
 from ksl_patch.train.build import Build
 from ksl_patch.train.progress import Reporter
+from ksl_patch.train.reserved import check_reached
 
 _SAMPLES = 6
 _SAMPLE_CHARACTERS = 600  # the text of a model that does not stop is long
@@ -253,6 +255,11 @@ def encode_test(
         return build.encode(kept, "test")
     if patch.meta.template is None:
         raise RunError("the patch names no prompt template, so there is nothing to put the sentences into.")
-    encoded = encode(patch.meta.template, kept, tokenizer, end_token_id(model, tokenizer))
+    template = patch.meta.template
+    encoded = encode(template, kept, tokenizer, end_token_id(model, tokenizer))
+    if template.unpatched is not None:
+        ids = set(ReservedTokens(tokenizer, model).in_text(template.text)).intersection(patch.token_ids.tolist())
+        [whole_template] = prompt_ids(tokenizer, [template.text], chat=template.chat)
+        check_reached(ids, encoded, sum(token in ids for token in whole_template))
     check_ids((e.prompt + e.answer for e in encoded.examples), patch.meta.base.vocab_size)
     return encoded

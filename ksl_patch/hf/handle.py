@@ -34,6 +34,13 @@ from ksl_patch.patch.names import check_name
 Reference = str | os.PathLike[str]
 
 
+class _Unset:
+    """No choice, where None is the base."""
+
+
+_UNSET = _Unset()
+
+
 class PatchHandle:
     """The patches of one model: load, use, replace, unload, and in the end detach.
 
@@ -153,14 +160,46 @@ class PatchHandle:
             self.bank.remove(self._blocks.find(name).slot)
             del self._blocks.loaded[name]
 
-    def using(self, names: Names) -> AbstractContextManager[None]:
+    def using(
+        self, names: Names | _Unset = _UNSET, *, languages: Names | _Unset = _UNSET
+    ) -> AbstractContextManager[None]:
         """A `with` block in which the model answers with patches: one name for all rows, or an entry for each.
 
         None is the base. A list has one entry for each prompt that `generate` or `generate_batch` gets, or for each
         row of a forward call. The block is this thread's, or this task's: see `bind` for others. Raises RunError for
         an unknown name, before anything is computed, and in whatever still runs when the block has ended.
+        languages: BCP 47 tags in place of names, of which each has a patch, as `for_language` finds it.
         """
-        return self._blocks.using(names)
+        if not isinstance(names, _Unset) and isinstance(languages, _Unset):
+            return self._blocks.using(names)
+        if isinstance(names, _Unset) and not isinstance(languages, _Unset):
+            return self._blocks.using(self._names_for(languages))
+        raise RunError("a choice is of names or of languages: give one of the two.")
+
+    def for_language(self, language: str) -> str | None:
+        """The name of the loaded patch that speaks a language, a BCP 47 tag; None where there is none.
+
+        The nearest in script and region: "pt-BR" gets a patch of "pt" or of "pt-PT", and none of another script or
+        language. Of equally near ones it is the one that was loaded first. Raises DataError for what is no such tag.
+        """
+        from ksl_patch.patch.by_language import ByLanguage, check_tag
+
+        with self._blocks.lock:
+            languages = {name: each.meta.language for name, each in self._blocks.loaded.items()}
+        return ByLanguage(languages).choose([check_tag(language)]).name
+
+    def _names_for(self, languages: Names) -> Names:
+        def name(language: str | None) -> str | None:
+            if language is None:
+                return None
+            if found := self.for_language(language):
+                return found
+            spoken = sorted({each.meta.language for each in self._blocks.loaded.values() if each.meta.language})
+            raise RunError(f"no loaded patch speaks {language!r}; they speak {', '.join(spoken) or 'none'}.")
+
+        return (
+            name(languages) if languages is None or isinstance(languages, str) else [name(each) for each in languages]
+        )
 
     def serving(self, slots: int | Sequence[int]) -> AbstractContextManager[None]:
         """As `using`, by slots of the bank."""

@@ -7,31 +7,31 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from ksl_patch.base import find_embedding
-from ksl_patch.base.identity import check_head
+from ksl_patch.base.identity import check_head, has_other_weights
 from ksl_patch.base.model_id import public_id
+from ksl_patch.base.reserved import ReservedTokens
 from ksl_patch.base.tensors import dtype_name
 from ksl_patch.base.weight_files import values_in_files
 from ksl_patch.errors import PatchError
+from ksl_patch.interop.model_card import card, entry, entry_section
 from ksl_patch.patch import Patch
-from ksl_patch.patch.wording import fenced
 
 SHARD = "5GB"
 PATCHES = "ksl_patch.json"  # what is in the tables, for programs
+_MOST = 64 * 2**20  # bytes of that file
 _TERMS = [  # of the files' names, in letters of either case
     "".join(f"[{letter}{letter.upper()}]" if letter.isalpha() else letter for letter in pattern)
     for pattern in ("licen?e*", "notice*", "copying*", "*use_policy*", "*terms*")
@@ -118,22 +118,44 @@ def new_folder(folder: Path) -> Iterator[Path]:
                 each.rmdir()
 
 
+class Written(NamedTuple):
+    """What became of a model. untied: its head was. lost: values of the base's files that transformers' class for it
+    has no place for. in_texts: patches with rows of tokens that texts have, beside others.
+    """
+
+    untied: bool
+    lost: int
+    in_texts: list[str]
+
+
+def ids_inside(model: Any) -> set[int]:
+    """The token ids whose rows are those of patches that `write_checkpoint` wrote the model with."""
+    return set(getattr(model.config, "ksl_patch_rows", None) or ())
+
+
 def write_checkpoint(
     model: Any, tokenizer: Any, merged: Patch, patches: Sequence[Patch], made: Path, *, base: str,
     files: Path | None = None,
     shard: str = SHARD,
-) -> tuple[bool, int]:  # fmt: skip
+) -> Written:  # fmt: skip
     """Write a model with a patch's rows, its tokenizer and a card into an empty folder.
 
     merged: all rows, of `patches` together. base: where the model came from. files: its folder, whose licences are kept
-    beside the model. Returns whether the head was untied, and how many values of the base's files are not there, since
-    transformers' class for the model has no place for them. Raises PatchError.
+    beside the model, and what patches it has inside already. Raises PatchError.
     """
+    inside, own_ids = _inside(model, files), merged.token_ids.tolist()
+    if both := sorted(ids_inside(model).intersection(own_ids)):
+        raise PatchError(
+            f"the base has patches inside already, and token {both[0]} is one of theirs, so its row would be lost: "
+            "build reserved rows on this base, which take other tokens."
+        )
+    named = public_id(base) if any(has_other_weights(patch.meta.base, model) for patch in patches) else None
     # Files of a tied model may hold its table once more, by the head's name.
     table = find_embedding(model)
     head = next((name for name, module in model.named_modules() if module is table.head), None)
     own = f"{head.rpartition('.')[2]}.weight" if head and table.tied else None
     untied = apply(merged, model)
+    model.config.ksl_patch_rows = sorted(ids_inside(model).union(own_ids))
     model.save_pretrained(made, max_shard_size=shard)
     tokenizer.save_pretrained(made)
     _check(made, model)
@@ -141,10 +163,37 @@ def write_checkpoint(
     lost = 0 if before is None or after is None else max(0, before - after)
     for file in [] if files is None else _beside(files):
         shutil.copy(file, made / file.name)
-    text = card(patches, base, rows=len(merged.token_ids), untied=untied, lost=lost)
+    entries, reserved = [*inside, *map(entry, patches)], ReservedTokens(tokenizer, model)
+    in_texts = [each["name"] for each in entries if any(reserved.why_not(i) for i in each["token_ids"])]
+    in_texts = in_texts if len(entries) > 1 else []
+    text = card(
+        patches, base, rows=len(merged.token_ids), untied=untied, lost=lost, inside=inside, other=named,
+        in_texts=in_texts,
+    )  # fmt: skip
     (made / "README.md").write_text(text, encoding="utf-8")
-    (made / PATCHES).write_text(_digests(patches), encoding="utf-8")
-    return untied, lost
+    (made / PATCHES).write_text(json.dumps({"patches": entries}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return Written(untied, lost, in_texts)
+
+
+def _inside(model: Any, files: Path | None) -> list[dict[str, Any]]:
+    """What a base's own list says of the patches inside it. Raises PatchError where it has some and no such list."""
+    if not ids_inside(model):
+        return []
+    try:
+        if files is None:
+            raise OSError("its files could not be had")
+        with (files / PATCHES).open("rb") as file:
+            content = file.read(_MOST + 1)
+        if len(content) > _MOST:
+            raise ValueError("it is too long")
+        entries = json.loads(content)["patches"]
+        if {i for each in entries for i in each["token_ids"]} != ids_inside(model):
+            raise ValueError("it has other tokens than config.json")
+        for each in entries:
+            entry_section(each)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PatchError(f"the base has patches inside, and its {PATCHES} does not say which ({error}).") from error
+    return list(entries)
 
 
 def files_of(base: str, revision: str | None = None) -> Path | None:
@@ -156,7 +205,7 @@ def files_of(base: str, revision: str | None = None) -> Path | None:
         return Path(base)
     from huggingface_hub import snapshot_download
 
-    wanted = [*_TERMS, "*.safetensors.index.json", *_PROCESSORS]
+    wanted = [*_TERMS, "*.safetensors.index.json", PATCHES, *_PROCESSORS]
     with suppress(Exception):  # of many kinds: no network, no such id
         return Path(snapshot_download(base, revision=revision, allow_patterns=wanted))
     return None
@@ -187,85 +236,3 @@ def _check(folder: Path, model: Any) -> None:
             f"the checkpoint does not give the model again: {wrong[0]} differs, so nothing was kept; this architecture "
             "cannot be written."
         )
-
-
-def _digests(patches: Sequence[Patch]) -> str:
-    """What is in the tables, for programs."""
-    found = [
-        {
-            "name": patch.meta.name,
-            "language": patch.meta.language,
-            "digest": patch.digest,
-            "token_ids": patch.token_ids.tolist(),
-            "side": patch.meta.side,
-            "licence": patch.meta.licence,
-            "template": patch.meta.template and asdict(patch.meta.template),
-        }
-        for patch in patches
-    ]
-    return json.dumps({"patches": found}, indent=1, ensure_ascii=False) + "\n"
-
-
-def card(patches: Sequence[Patch], base: str, *, rows: int, untied: bool, lost: int = 0) -> str:
-    """The model card: what was changed, each patch's digest, and the prompt that it answers to."""
-    from huggingface_hub import ModelCardData
-
-    meta = patches[0].meta
-    named = _line(meta.base.model_id or public_id(base) or "a base")
-    languages = [patch.meta.language.split("-")[0].lower() for patch in patches if patch.meta.language]
-    data = ModelCardData(
-        base_model=named, base_model_relation="finetune", library_name="transformers",
-        language=list(dict.fromkeys(languages)) or None, tags=["embedding-patch", "ks-lottery"],
-    )  # fmt: skip
-    head = (
-        "The base's head shares the embedding's table, and the patches leave the head alone: here it has a table of "
-        "its own (`tie_word_embeddings` is false)."
-        if untied
-        else "Its head is as the base has it, with the patches' rows where they change it too."
-    )
-    if lost:
-        head += f" {missing(lost)}"
-    sections = [_section(patch) for patch in patches]
-    return (
-        f"---\n{data.to_yaml()}\n---\n\n# {named} with {len(patches)} embedding patch{'es' * (len(patches) > 1)}\n\n"
-        f"{rows} of the {meta.base.vocab_size:,} rows of the embedding table are other ones than the base's "
-        f"(fingerprint `{meta.base.fingerprint[:12]}`); all other weights are the base's. {head} The base's licence "
-        "applies, and each patch's own. A patch acts where a prompt has its tokens: give the prompt as it stands "
-        "below, with the sentence at `{source}`.\n\n" + "\n\n".join(sections) + "\n"
-    )
-
-
-def missing(lost: int) -> str:
-    """In words, what a written model has not of its base's files."""
-    return (
-        f"{lost:,} values of the base's files are not here, since transformers' class for it has no place for them (a "
-        "head that drafts, say)."
-    )
-
-
-def _section(patch: Patch) -> str:
-    meta = patch.meta
-    facts = [
-        ("language", meta.language),
-        ("digest", f"`{patch.digest}`"),
-        ("rows", str(len(patch.token_ids))),
-        ("rows chosen by", meta.ticket and meta.ticket.rule),
-        ("licence", meta.licence),
-    ]
-    lines = [f"- {name}: {value if name == 'digest' else _line(str(value))}" for name, value in facts if value]
-    head = f"## {meta.name}\n\n" + "\n".join(lines) + "\n\n"
-    if meta.template is None:
-        parts = ", ".join(_line(origin.name) for origin in meta.origin or ())
-        return head + f"It names no prompt{f': it was merged from {parts}, whose prompts it answers' if parts else ''}."
-    rest = ["`ksl_patch.json` has all of its template"]
-    if meta.template.chat:
-        rest.append("it has its special tokens, so tokenise it with `add_special_tokens=False`")
-    if meta.template.end_token_id is not None:
-        rest.append(f"an answer ends with the token {meta.template.end_token_id}, so stop there (`eos_token_id`)")
-    prompt = fenced(json.dumps(meta.template.text, ensure_ascii=False), "json")
-    return head + f"Its prompt, as a JSON string ({'; '.join(rest)}):\n\n{prompt}"
-
-
-def _line(text: str) -> str:
-    """A text from a patch as text of one line, and no Markdown or HTML."""
-    return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", " ".join(text.split()))

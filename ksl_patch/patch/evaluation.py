@@ -142,9 +142,9 @@ class Elsewhere:
     """What a patch does to text that is not its task: a sample in several languages, and other prompts.
 
     reserved: whether all its tokens are such that no text has them, and the head is left alone: it is harmless outside
-    its template then. tokens: of the sample; touched: those of them that the patch has rows of. equal: texts whose loss
-    is the base's to the last bit. loss_base, loss_patch: per token of the sample, in nats. prompts: how many others
-    were answered, same: with the base's own tokens. None: not measured.
+    its template then. tokens: of the sample; touched: those of them that the patch has rows of, or all, of one that
+    changes the head. equal: texts whose loss is the base's to the last bit. loss_base, loss_patch: per token of the
+    sample, in nats. prompts: how many others were answered, same: with the base's own tokens. None: not measured.
     """
 
     reserved: bool

@@ -28,7 +28,7 @@ from ksl_patch.store.hub import PREFIX, HubReference, fetch
 from ksl_patch.store.references import load
 
 VERSION = 1
-_PATHS = ("pairs", "beside", "resume")  # options that name files
+_PATHS = ("pairs", "resume")  # options that name files
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,7 +79,7 @@ def read_recipes(path: Path) -> tuple[str, dict[str, Recipe]]:
     Relative paths are from the file's folder. Raises RunError for what is not one.
     """
     found, folder = _read(path), path.resolve().parent
-    recipes = {}
+    references, recipes = read_config(path).patches, {}
     for name, entry in found.patches.items():
         if isinstance(entry, dict):
             merged = {key.replace("_", "-"): value for part in (found.build, entry) for key, value in part.items()}
@@ -88,8 +88,21 @@ def read_recipes(path: Path) -> tuple[str, dict[str, Recipe]]:
                 for key, value in merged.items()
                 if key != "file"
             }
+            if "beside" in merged:
+                options["beside"] = _beside(merged["beside"], name, references, folder)
             recipes[name] = Recipe(folder / _file_of(name, entry), options)
     return found.base, recipes
+
+
+def _beside(given: Any, name: str, references: dict[str, str], folder: Path) -> Any:
+    """References of the patches that one is built beside, by the file's own names first; true: of those before it."""
+    if isinstance(given, bool):
+        given = list(references)[: list(references).index(name)] if given else []
+    each = given if isinstance(given, list) else [given]
+    return [
+        references[other] if isinstance(other, str) and other in references else _path_in(other, folder)
+        for other in each
+    ]
 
 
 def _path_in(value: Any, folder: Path, *, written: bool = False) -> Any:

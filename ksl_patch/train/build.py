@@ -194,13 +194,13 @@ class Build(Tuning):
         """
         if not len(self.dev):
             return None
-        key = [patch.digest, self.loaded.digest, self.dev.examples, asdict(self.machine)]
+        plain = self.of_base(self.dev).examples
+        key = [patch.digest, self.loaded.digest, self.dev.examples, plain, asdict(self.machine)]
         file = f"dev-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
 
         def measured() -> dict[str, Any]:
             self.reporter.note("measuring", f"Measuring the loss on {len(self.dev)} dev pairs ...", pairs=len(self.dev))
-            base = token_loss(self.model, self.of_base(self.dev).examples)
-            return {"base": base, "patch": self.patched_loss(patch)}
+            return {"base": token_loss(self.model, plain), "patch": self.patched_loss(patch)}
 
         losses = self.folder.once(file, measured)
         result = Evaluation(

@@ -83,6 +83,8 @@ def build_member(member: Member, reporter: Reporter, loaded: Loaded) -> Outcome:
         same = before is not None and before.digest == patch.digest
         if before is not None and not same and not member.force:
             raise RunError(f"{member.output} is another patch ({before.digest[:12]}): --force replaces it.")
+        if before is not None and same and member.force:
+            same, patch = _described(before, patch)
         if not same:  # what was measured of the same patch stays in its file
             patch.save(member.output)
     except Exception as error:  # of every kind: the others are built all the same
@@ -97,6 +99,14 @@ def build_member(member: Member, reporter: Reporter, loaded: Loaded) -> Outcome:
         loss_base=losses.loss_base if losses else None,
         loss_patch=losses.loss_patch if losses else None,
     )
+
+
+def _described(before: Patch, patch: Patch) -> tuple[bool, Patch]:
+    """Whether a file says of the same rows what a build says, and what it is to say, with what was measured of them."""
+    texts = [(each.name, each.language, each.licence, each.template, each.base) for each in (before.meta, patch.meta)]
+    if texts[0] != texts[1] and texts[0][3] == texts[1][3]:
+        patch = patch.with_meta(evaluation=before.meta.evaluation, certificate=before.meta.certificate)
+    return texts[0] == texts[1], patch
 
 
 def _before(member: Member) -> Patch | None:

@@ -240,7 +240,7 @@ class Material:
         encoded = encode(self.template, pairs, self.tokenizer, end, self._longest)
         check_ids((e.prompt + e.answer for e in encoded.examples), self.base.vocab_size)
         if self.reserved_ids:
-            reserved.check_reached(self, encoded, self._reserved_places)
+            reserved.check_reached(self.reserved_ids, encoded, self._reserved_places)
         return encoded
 
     def _check_length(self, pairs: list[Pair], encoded: Encoded, what: str) -> None:

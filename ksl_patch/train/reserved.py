@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Collection
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,18 +12,15 @@ from ksl_patch.base import find_embedding
 from ksl_patch.base.reserved import names_in
 from ksl_patch.data.encoding import Encoded
 from ksl_patch.data.templates import make_template
-from ksl_patch.errors import RunError
+from ksl_patch.errors import BaseMismatchError, RunError
 from ksl_patch.hf import prompt_ids
-from ksl_patch.interop.checkpoint import PATCHES
+from ksl_patch.interop.checkpoint import ids_inside
 from ksl_patch.store.references import load
 from ksl_patch.terminal import counted
 from ksl_patch.train.config import BuildConfig
 
 if TYPE_CHECKING:
     from ksl_patch.train.material import Material
-
-
-_MOST = 64 * 2**20  # bytes of a base's list of patches
 
 
 def check_settings(config: BuildConfig) -> None:
@@ -57,7 +53,7 @@ def choose(of: Material) -> list[str]:
             "are is chosen; or name the rows with --rows."
         )
     texts = (text for pair in of.read for text in (pair.source, pair.target, *(value for _, value in pair.fields)))
-    taken, others = names_in(texts), _beside(of) | _inside(of)
+    taken, others = names_in(texts), _beside(of) | ids_inside(of.model)
     free = (i for i in reserved if i not in others and reserved.name(i).lower() not in taken)
     assert config.top_k is not None
     ids = list(islice(free, config.top_k))
@@ -79,29 +75,14 @@ def _beside(of: Material) -> set[int]:
     for reference in of.config.beside:
         patch = load(reference)
         patch.check_table(find_embedding(of.model))
+        if patch.meta.base.fingerprint != of.base.fingerprint:
+            raise BaseMismatchError(
+                f"{reference} is of a base that has other rows elsewhere, so the two could not be merged: build both "
+                "on the same base."
+            )
         patch.check_vocabulary(of.tokenizer)
         found.update(patch.token_ids.tolist())
     return found
-
-
-def _inside(of: Material) -> set[int]:
-    """The token ids of the patches that `export --format model` wrote the base with. Raises RunError for a bad list."""
-    from transformers.utils import cached_file
-
-    file = cached_file(
-        of.config.base, PATCHES, revision=of.config.revision, _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
-    if file is None:
-        return set()
-    try:
-        with Path(file).open("rb") as opened:
-            content = opened.read(_MOST + 1)
-        if len(content) > _MOST:
-            raise ValueError("it is too long")
-        return {int(i) for patch in json.loads(content)["patches"] for i in patch["token_ids"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"{file} does not say which tokens the base's patches have ({error}).") from error
 
 
 def positions(of: Material) -> int:
@@ -123,9 +104,9 @@ def positions(of: Material) -> int:
     return count
 
 
-def check_reached(of: Material, pairs: Encoded, each: int) -> None:
-    """Raise RunError for a pair whose tokens have the reserved ones otherwise than its template, `each` times."""
-    ids = set(of.reserved_ids)
+def check_reached(ids: Collection[int], pairs: Encoded, each: int) -> None:
+    """Raise RunError for a pair whose tokens have these reserved ones otherwise than its template, `each` times."""
+    ids = set(ids)
     for pair, example in zip(pairs.pairs, pairs.examples, strict=True):
         if sum(token in ids for token in example.prompt) != each or not ids.isdisjoint(example.answer):
             raise RunError(

@@ -16,7 +16,10 @@ class RefusalError(Exception):
 
 def refusal(status: int, message: str) -> JSONResponse:
     """The answer."""
-    kind = {403: "PermissionDeniedError", 404: "NotFoundError", 409: "ConflictError"}.get(status, "BadRequestError")
+    kind = {
+        403: "PermissionDeniedError", 404: "NotFoundError", 406: "NotAcceptableError", 409: "ConflictError",
+        413: "ContentTooLargeError",
+    }.get(status, "BadRequestError")  # fmt: skip
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
 
 

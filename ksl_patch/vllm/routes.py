@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import weakref
 from argparse import Namespace
 from typing import Any
@@ -11,6 +12,9 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.datastructures import State
 from vllm.lora.resolver import LoRAResolverRegistry
 
+from ksl_patch.errors import DataError
+from ksl_patch.patch.by_language import accepted
+from ksl_patch.vllm.languages import Languages
 from ksl_patch.vllm.middleware import Middleware
 from ksl_patch.vllm.refusals import RefusalError, refuse
 from ksl_patch.vllm.resolver import PatchResolver
@@ -40,21 +44,32 @@ class PatchRoutes:
         if settings.folders or settings.orgs:
             LoRAResolverRegistry.register_resolver("ksl_patch", PatchResolver(settings))
         app.include_router(router)
-        app.add_middleware(Middleware, state=app.state, guard=settings.guard)
+        app.add_middleware(Middleware, state=app.state, guard=settings.guard, by_language=settings.by_language)
         app.add_exception_handler(RefusalError, refuse)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Take the engine and the names that vLLM serves."""
         state.openai_serving_models.lora_resolver_lock = _Locks()
         state.ksl_patch = Patches(engine_client, state.openai_serving_models, read_settings(args.additional_config))
+        state.ksl_languages = Languages(state.ksl_patch)
         await state.ksl_patch.start()
 
 
 @router.get("")
-async def list_patches(request: Request) -> dict[str, Any]:
-    """Every patch with its digest, size and requests served."""
+async def list_patches(request: Request, language: str | None = None) -> dict[str, Any]:
+    """Every patch with its digest, size and requests served.
+
+    language: tags as in `Accept-Language`; says which patch a request of that language would get, and why.
+    """
     patches = _patches(request)
-    return {"object": "list", "data": [patches.describe(name) for name in patches.names()]}
+    found: dict[str, Any] = {"object": "list", "data": [patches.describe(name) for name in patches.names()]}
+    if language is not None:
+        try:
+            choice = request.app.state.ksl_languages.find(accepted(language))
+        except DataError as error:
+            raise RefusalError(400, str(error)) from error
+        found["choice"] = dataclasses.asdict(choice) | {"is_used": patches.settings.by_language}
+    return found
 
 
 @router.get("/{name:path}")

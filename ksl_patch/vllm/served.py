@@ -68,6 +68,21 @@ class Patches:
         """The names that stand for patches now."""
         return [name for name, request in self._models.lora_requests.items() if Path(request.lora_path).is_file()]
 
+    def requests(self) -> tuple[LoRARequest, ...]:
+        """All that is served now, in its order: other ones where anything was loaded, replaced or unloaded."""
+        return tuple(self._models.lora_requests.values())
+
+    def is_base(self, name: str) -> bool:
+        """Whether a name is the base's."""
+        return bool(self._models.is_base_model(name))
+
+    def digest(self, name: str) -> str | None:
+        """Of what a name stands for now."""
+        try:
+            return self.content(name).digest
+        except RefusalError:
+            return None
+
     def is_served(self, name: str) -> bool:
         """Whether a name is a patch's or another adapter's."""
         return name in self._models.lora_requests

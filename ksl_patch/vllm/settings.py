@@ -18,6 +18,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     folders: where names that are not loaded are looked up, and what the routes may load from.
     runtime: whether the routes may load, replace and unload. template: whether prompts get the patch's template.
     orgs: users and organisations of the Hub whose patches a request, or the routes, may name.
+    by_language: whether a request for the base that says a language gets a patch of it. strict_language: or a 406.
+    other_scripts: whether a patch in another script of the language will do.
     guard: whether vLLM's own routes for adapters, which read any path, are closed.
     key: file of the public key that every patch must be signed with.
     kept_bytes: host memory for patches that were read, in each worker; beyond it a patch that no request in flight
@@ -29,6 +31,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     orgs: tuple[str, ...] = ()
     runtime: bool = False
     template: bool = False
+    by_language: bool = False
+    strict_language: bool = False
+    other_scripts: bool = False
     guard: bool = False
     key: str | None = None
     kept_bytes: int = 2 << 30

@@ -1,0 +1,101 @@
+"""Which of several patches speaks a language."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_attach import GREEDY, PROMPTS
+
+from ksl_patch import attach
+from ksl_patch.errors import DataError, RunError
+from ksl_patch.patch.by_language import MOST_TAGS, ByLanguage, accepted, check_tags
+
+PATCHES = ByLanguage({
+    "german": "de", "german-2": "de", "brazil": "pt-BR", "taiwan": "zh-Hant", "norway": "no", "philippines": "fil",
+    "serbia": "sr", "england": "en-GB", "america": "en-US", "uzbek": "uz", "any": None,
+})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ("de", "german"), ("DE-ch", "german"), ("pt", "brazil"), ("pt-PT", "brazil"), ("zh-TW", "taiwan"),
+        ("zh-HK", "taiwan"), ("nb", "norway"), ("tl", "philippines"), ("en-AU", "england"), ("en-US", "america"),
+        ("sr-Latn", "serbia"),
+        # Another language, however near, and another script are none.
+        ("gsw", None), ("nn", None), ("da", None), ("hr", None), ("bs", None), ("yue", None), ("gl", None),
+        ("zh", None), ("zh-CN", None), ("uz-Cyrl", None), ("fr", None),
+    ],
+)  # fmt: skip
+def test_a_language_gets_the_nearest_patch_and_no_other_languages(asked, name):
+    choice = PATCHES.choose([asked])
+    assert choice.name == name
+    assert (choice.asked, choice.language is None) == ((asked, False) if name else (None, True))
+    assert asked in choice.why
+
+
+def test_the_first_language_that_has_a_patch_counts():
+    assert PATCHES.choose(["fr", "de-AT", "pt"]).name == "german"
+    assert PATCHES.choose(["fr"]).why == "no patch speaks fr."
+    assert PATCHES.choose([]) == ByLanguage({}).choose([])
+
+
+def test_another_script_where_it_is_allowed():
+    allowed = ByLanguage({"uzbek": "uz", "taiwan": "zh-Hant"}, across_scripts=True)
+    assert allowed.choose(["uz-Cyrl"]).name == "uzbek"
+    assert allowed.choose(["zh-CN"]).name == "taiwan"
+    assert allowed.choose(["yue-Hans"]).name is None
+
+
+def test_a_header_is_read_by_weight_and_place():
+    assert accepted("da, en-gb;q=0.8, en;q=0.7") == ["da", "en-gb", "en"]
+    assert accepted("en;q=0.5,fr ; q=1.0 ,,de;q=0.50") == ["fr", "en", "de"]
+    assert accepted("de;q=0, fr, de") == ["fr"]
+    assert accepted("*;q=0.1, sw") == ["sw"]
+    assert accepted("") == []
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["de;q=2", "de;q=-1", "de;q=nan", "de;level=1", "de;q=0.1;q=0.2", "d3", "en_US.UTF-8", "xq", "\x00", "de-",
+     ",".join(["de"] * (MOST_TAGS + 1)), "de," * 500],
+)  # fmt: skip
+def test_what_is_no_list_of_languages_is_refused_in_a_sentence(header):
+    with pytest.raises(DataError, match="has at most|is not"):
+        accepted(header)
+    with pytest.raises(DataError):
+        check_tags(["de"] * MOST_TAGS + [header])
+
+
+@given(st.text(max_size=40) | st.from_regex(r"[a-z]{1,3}(-[A-Za-z0-9]{1,8}){0,3}(;q=[0-9.]{1,5})?", fullmatch=True))
+def test_any_text_is_a_list_or_refused(header):
+    try:
+        tags = accepted(header)
+    except DataError:
+        return
+    assert PATCHES.choose(tags).name in (None, *PATCHES_NAMES)
+
+
+PATCHES_NAMES = ("german", "brazil", "taiwan", "norway", "philippines", "serbia", "england", "america", "uzbek")
+
+
+def test_a_batch_is_answered_by_language(model, patches, plain):
+    spoken = {"brazil": (patches["a"], "pt-BR"), "kenya": (patches["b"], "sw")}
+    with attach(model) as handle:
+        for name, (patch, language) in spoken.items():
+            handle.load(patch.with_meta(language=language), name)
+        assert [handle.for_language(tag) for tag in ("pt", "sw-KE", "fr")] == ["brazil", "kenya", None]
+        prompts = PROMPTS[[0, 1, 0]]
+        with handle.using(languages=["sw", None, "pt-PT"]):
+            answers = model.generate(prompts, **GREEDY)
+        for row, name in enumerate(("b", None, "a")):
+            assert torch.equal(answers[row], plain[name].generate(prompts, **GREEDY)[row])
+        with handle.using(languages="pt"):
+            assert torch.equal(model(prompts).logits, plain["a"](prompts).logits)
+        with pytest.raises(RunError, match="no loaded patch speaks 'fr'; they speak pt-BR, sw"):
+            handle.using(languages=["sw", "fr"])
+        with pytest.raises(DataError, match="'pt_BR.UTF-8' is not the tag of a language"):
+            handle.using(languages="pt_BR.UTF-8")
+        for given in ({}, {"names": None, "languages": None}):
+            with pytest.raises(RunError, match="give one of the two"):
+                handle.using(**given)

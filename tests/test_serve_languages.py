@@ -1,0 +1,146 @@
+"""`ksl-patch serve --by-language`: vLLM's real server picks a patch by the language that a request says."""
+
+import httpx
+import pytest
+from conftest import run_cli
+from test_serve import KEY, PLAIN, TEXT, Server, base, expected, home, model, patches  # noqa: F401 - fixtures
+
+from ksl_patch import Patch
+
+pytestmark = pytest.mark.vllm
+LANGUAGES = ["es", "pt-BR", "es-MX", "zh-Hant"]
+
+
+@pytest.fixture(scope="module")
+def server(base, home, patches, tmp_path_factory):  # noqa: F811
+    folder, flags = tmp_path_factory.mktemp("spoken"), []
+    for number, language in enumerate(LANGUAGES):
+        patches[number].with_meta(language=language).save(folder / f"p{number}.safetensors")
+        flags += ["--patch", str(folder / f"p{number}.safetensors")]
+    flags += ["--by-language", "--api-key", KEY, "--allow-runtime-patches", "--folder", str(folder)]
+    flags += ["--chat-template", "{% for message in messages %}{{ message['content'] }}{% endfor %}"]
+    server = Server(base, folder / "server.log", *flags, home=home)
+    try:
+        yield server.wait()
+    finally:
+        server.stop()
+
+
+def ask(server, path="/v1/completions", headers=(), **body):
+    what = {"messages": [{"role": "user", "content": TEXT}]} if "chat" in path else {"prompt": TEXT}
+    settings = {"max_tokens": 20, "temperature": 0, "return_token_ids": True, "ignore_eos": True}
+    return httpx.post(
+        server.url + path, json={"model": server.base} | what | settings | body,
+        headers={"Authorization": f"Bearer {KEY}"} | dict(headers), timeout=120,
+    )  # fmt: skip
+
+
+def said(answer):
+    names = ("x-ksl-patch", "content-language")
+    return tuple(answer.headers.get(name) for name in names)
+
+
+def tokens(answer):
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("header", "body", "number"),
+    [
+        ({"Accept-Language": "fr, pt-PT;q=0.8, es;q=0.9"}, {}, 0),
+        ({"Accept-Language": "pt"}, {}, 1),
+        ({"Content-Language": "zh-TW"}, {}, 3),
+        ({}, {"language": "es-MX"}, 2),
+        ({}, {"language": ["fr", "es-AR"]}, 0),
+        # What goes before what: the body before Content-Language, and that before Accept-Language.
+        ({"Accept-Language": "es", "Content-Language": "pt"}, {}, 1),
+        ({"Content-Language": "pt"}, {"language": "es"}, 0),
+        # Nobody speaks it: the base; and so without a word of it.
+        ({"Accept-Language": "fr, zh-CN;q=0.5, *;q=0.1"}, {}, None),
+        ({}, {"language": None}, None),
+    ],
+)  # fmt: skip
+def test_the_answer_is_that_of_the_language_s_patch(server, patches, expected, header, body, number):  # noqa: F811
+    answer = ask(server, headers=header, **body)
+    assert tokens(answer) == expected(number, TEXT)
+    if number is None:
+        assert said(answer) == (None, None)
+        assert ("no patch speaks fr, zh-CN." in answer.headers.get("x-ksl-language", "")) == bool(header)
+    else:
+        assert said(answer) == (f"p{number}@{patches[number].digest[:8]}", LANGUAGES[number])
+        assert answer.json()["model"] == f"p{number}"
+    assert ("goes before content-language" in answer.headers.get("x-ksl-language", "")) == (
+        len(header) + len(body) > 1 and "language" in body
+    )
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/invocations"])
+def test_other_routes_choose_too(server, expected, path):  # noqa: F811
+    answer = ask(server, path, {"Accept-Language": "pt"})
+    assert tokens(answer) == expected(1, TEXT)
+    assert said(answer)[1] == "pt-BR"
+
+
+def test_a_streamed_answer_and_responses(server, expected):  # noqa: F811
+    with server.client() as client:
+        raw = client.completions.with_raw_response.create(
+            model=server.base, prompt=TEXT, max_tokens=20, temperature=0, stream=True,
+            extra_headers={"Accept-Language": "es"}, extra_body={"return_token_ids": True, "ignore_eos": True},
+        )  # fmt: skip
+        assert raw.headers["x-ksl-patch"].startswith("p0@")
+        assert [token for chunk in raw.parse() for token in chunk.choices[0].token_ids or []] == expected(0, TEXT)
+        raw = client.responses.with_raw_response.create(
+            model=server.base, input=TEXT, max_output_tokens=8, temperature=0, extra_body={"language": "pt"}
+        )
+        assert raw.headers["content-language"] == "pt-BR"
+        assert raw.parse().model == "p1"
+
+
+def test_a_request_that_names_a_patch_gets_it(server, expected):  # noqa: F811
+    answer = ask(server, headers={"Accept-Language": "es"}, model="p1")
+    assert tokens(answer) == expected(1, TEXT)
+    assert "x-ksl-language" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("header", "body", "sentence"),
+    [
+        ({"Accept-Language": "es;q=7"}, {}, "is not a language with a weight"),
+        ({"Accept-Language": ",".join(["es"] * 1000)}, {}, "at most"),
+        ({}, {"language": "en_US.UTF-8"}, "is not the tag of a language"),
+        ({}, {"language": 3}, "language is the tag of a language"),
+        ({}, {"language": []}, "language is the tag of a language"),
+        ({"Accept-Language": "es;q=7"}, {"language": "es"}, "is not a language with a weight"),
+    ],
+)
+def test_what_is_no_language_is_refused_in_a_sentence(server, header, body, sentence):
+    answer = ask(server, headers=header, **body)
+    assert answer.status_code == 400
+    assert sentence in answer.json()["error"]["message"]
+
+
+def test_the_routes_say_what_would_be_chosen_and_what_comes_later_counts(server, patches, expected):  # noqa: F811
+    shown = server.http("GET", "/v1/patches?language=fr,pt-PT").json()["choice"]
+    assert (shown["name"], shown["asked"], shown["is_used"]) == ("p1", "pt-PT", True)
+    assert server.http("GET", "/v1/patches?language=1").status_code == 400
+    assert tokens(ask(server, language="sw")) == expected(None, TEXT)
+    late = patches[4].with_meta(language="sw", name="late")
+    path = next(iter(server.log.parent.glob("p0.safetensors"))).with_name("late.safetensors")
+    late.save(path)
+    assert server.http("POST", "/v1/patches", {"path": str(path)}).status_code == 201
+    assert tokens(ask(server, language="sw")) == expected(4, TEXT)
+    patches[5].with_meta(language="sw", name="late").save(path)
+    assert server.http("PUT", "/v1/patches/late", {"path": str(path)}).status_code == 200
+    answer = ask(server, language="sw")
+    assert (tokens(answer), said(answer)[0]) == (expected(5, TEXT), f"late@{patches[5].digest[:8]}")
+    Patch.load(path).with_meta(language="yo").save(path)
+    assert server.http("PUT", "/v1/patches/late", {"path": str(path)}).status_code == 200
+    assert tokens(ask(server, language="sw")) == expected(None, TEXT)
+    assert server.http("DELETE", "/v1/patches/late").status_code == 200
+    assert tokens(ask(server, language="yo")) == expected(None, TEXT)
+
+
+def test_what_does_not_go_together_is_said(base):  # noqa: F811
+    code, _, err = run_cli("serve", base, "--strict-language", "--dry-run")
+    assert (code, "are for --by-language" in err) == (2, True)
