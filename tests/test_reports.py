@@ -61,12 +61,12 @@ def test_text_from_outside_is_shown_as_text(model, tokenizer, tmp_path, monkeypa
         each.save(tmp_path / f"{name}.safetensors")
     command = ["serve", "base", "--patch", tmp_path / "a.safetensors"]
     assert run_cli(*command, "--dry-run")[0] == 0
-    from ksl_patch.cli.serve import _show
+    from ksl_patch.cli.served import show
 
     with pytest.MonkeyPatch.context() as replaced:
         err = io.StringIO()
         replaced.setattr(sys, "stderr", err)
-        _show(text, [("es", "/p", patch, 3)])
+        show(text, [("es", "/p", patch, 3)])
     assert err.getvalue().count(shown) == 2  # the title and the template
     assert run_cli("add", tmp_path / "a.safetensors")[0] == 0
     for arguments, count in ((["inspect", tmp_path / "a.safetensors"], 3), (["list"], 1)):

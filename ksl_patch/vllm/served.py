@@ -53,6 +53,7 @@ class Patches:
         self._warned: set[str] = set()
         self._looked_at: dict[str, int] = {}
         self._served: dict[str, int] = {}
+        self._languages: dict[str, tuple[int, str | None]] = {}  # of what was loaded here: its id, and its language
         self._metrics = make_metrics()
         self._metrics["loaded"].set_function(lambda: len(self.names()))
         follow(engine.output_processor, self._metrics, self._came)
@@ -71,6 +72,13 @@ class Patches:
     def requests(self) -> tuple[LoRARequest, ...]:
         """All that is served now, in its order: other ones where anything was loaded, replaced or unloaded."""
         return tuple(self._models.lora_requests.values())
+
+    def language(self, name: str) -> str | None:
+        """The BCP 47 tag of a patch as it was given: the store has one description for equal rows. Raises a 404."""
+        content, own = self.content(name), self._languages.get(name)
+        if own is not None and own[0] == self._models.lora_requests[name].lora_int_id:
+            return own[1]
+        return self.settings.languages.get(f"{name}@{content.digest}", content.meta.language)
 
     def is_base(self, name: str) -> bool:
         """Whether a name is the base's."""
@@ -102,7 +110,7 @@ class Patches:
         summary: dict[str, Any] = {
             "name": name,
             "digest": content.digest,
-            "language": meta.language,
+            "language": self.language(name),
             "side": meta.side,
             "rows": content.rows,
             "bytes": content.nbytes,
@@ -248,6 +256,7 @@ class Patches:
             if self._engine.errored:
                 raise
             raise RefusalError(400, _reason(error)) from error
+        self._languages[name] = request.lora_int_id, patch.meta.language
         return request
 
     def _in_flight(self, name: str) -> int:
