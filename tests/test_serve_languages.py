@@ -1,6 +1,5 @@
 """`ksl-patch serve --by-language`: vLLM's real server picks a patch by the language that a request says."""
 
-import httpx
 import pytest
 from conftest import run_cli, tiny_llama
 from test_hf import some_patch
@@ -32,6 +31,8 @@ def server(base, home, patches, tmp_path_factory):  # noqa: F811
 
 
 def ask(server, path="/v1/completions", headers=(), **body):
+    import httpx
+
     what = {"messages": [{"role": "user", "content": TEXT}]} if "chat" in path else {"prompt": TEXT}
     settings = {"max_tokens": 20, "temperature": 0, "return_token_ids": True, "ignore_eos": True}
     return httpx.post(

@@ -150,13 +150,16 @@ def serve(
         "orgs": list(orgs),
         "runtime": allow_runtime_patches,
         "template": apply_template,
-        "by_language": by_language,
-        "strict_language": strict_language,
-        "other_scripts": other_scripts,
-        "languages": other_languages(served),
         "guard": looks_up and not os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
         "key": None if key is None else str(key.resolve()),
     }
+    if by_language:
+        given[KEY] |= {
+            "by_language": True,
+            "strict_language": strict_language,
+            "other_scripts": other_scripts,
+            "languages": other_languages(served),
+        }
     read_settings(given)
     slots = slots or min(max(16, len(served)), _MOST_SLOTS)
     modules = [json.dumps({"name": name, "path": path, "base_model_name": base}) for name, path, *_ in served]
