@@ -414,6 +414,20 @@ def test_metrics(server):
     assert served["requests"] == metric(after, "ksl_patch:requests_total", label)
 
 
+def test_what_a_patch_changes_in_prompts_is_counted(server):
+    def counted():
+        text = server.http("GET", "/metrics").text
+        names = ("patched_positions", "requests_without_effect")
+        return [metric(text, f"ksl_patch:{name}_total", '{patch="p1"}') or 0 for name in names]
+
+    before = counted()
+    for prompt in ([IDS[0], IDS[0] + 1, IDS[3], IDS[0]], [IDS[0] + 1, IDS[1] + 1], [IDS[0] + 2]):
+        server.tokens("p1", prompt, 2)
+    assert [b - a for a, b in zip(before, counted(), strict=True)] == [3, 2]
+    lines = [line for line in server.log.read_text().splitlines() if "has none of the patch's 31 tokens" in line]
+    assert sum("'p1'" in line for line in lines) == 1
+
+
 def test_a_prompt_outside_the_template_is_said_once(server):
     for _ in range(2):
         server.tokens("es", TEXT)

@@ -106,9 +106,14 @@ def check_tags(tags: Iterable[str]) -> list[str]:
 
 def check_tag(tag: str) -> str:
     """A well-formed BCP 47 tag of a language that there is. Raises DataError."""
-    if not _TAG.fullmatch(tag) or not langcodes.tag_is_valid(tag):
+    if not _TAG.fullmatch(tag) or not _is_known(tag):
         raise DataError(f"{tag[:100]!r} is not the tag of a language; examples are 'sw', 'pt-BR' and 'zh-Hant'.")
     return tag
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_known(tag: str) -> bool:
+    return bool(langcodes.tag_is_valid(tag))
 
 
 @functools.lru_cache(maxsize=4096)

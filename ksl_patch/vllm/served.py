@@ -8,7 +8,6 @@ import functools
 import logging
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,17 @@ from vllm.lora.request import LoRARequest
 
 from ksl_patch.base.model_digests import tokenizer_digest
 from ksl_patch.errors import KslPatchError, OtherVocabularyWarning, PatchError
-from ksl_patch.patch import Patch, PatchMeta, TemplateMeta
+from ksl_patch.patch import Patch, TemplateMeta
 from ksl_patch.patch.names import check_name
 from ksl_patch.store.hub import HubReference
 from ksl_patch.store.local import Store
+from ksl_patch.vllm.prompts import Content, Prompts
 from ksl_patch.vllm.refusals import RefusalError
 from ksl_patch.vllm.server_metrics import follow, make_metrics
 from ksl_patch.vllm.settings import Settings
 from ksl_patch.vllm.sources import PatchFile, open_file
 
 logger = logging.getLogger("vllm.ksl_patch")
-
-_DECODED = 16  # of a patch's prompts whose text vLLM does not say, those that are looked at
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a file of the store says."""
-
-    digest: str
-    meta: PatchMeta
-    rows: int
-    nbytes: int
 
 
 class Patches:
@@ -50,11 +38,10 @@ class Patches:
         self.settings = settings
         self._engine, self._models = engine, models
         self._content = functools.lru_cache(maxsize=4096)(_read)
-        self._warned: set[str] = set()
-        self._looked_at: dict[str, int] = {}
         self._served: dict[str, int] = {}
         self._languages: dict[str, tuple[int, str | None]] = {}  # of what was loaded here: its id, and its language
         self._metrics = make_metrics()
+        self._prompts = Prompts(engine, self._metrics)
         self._metrics["loaded"].set_function(lambda: len(self.names()))
         follow(engine.output_processor, self._metrics, self._came)
 
@@ -112,7 +99,7 @@ class Patches:
             "digest": content.digest,
             "language": self.language(name),
             "side": meta.side,
-            "rows": content.rows,
+            "rows": len(content.token_ids),
             "bytes": content.nbytes,
             "requests": self._served.get(name, 0),
             "in_flight": self._in_flight(name),
@@ -199,36 +186,12 @@ class Patches:
         except RefusalError:
             return None
 
-    def _came(self, name: str, prompt: str | None, token_ids: list[int] | None) -> None:
-        """A request for a patch."""
+    def _came(self, request: LoRARequest, prompt: str | None, token_ids: list[int] | None) -> None:
+        """A request for a patch, or another adapter; what it began with may be replaced by now."""
+        name = request.lora_name
         self._served[name] = self._served.get(name, 0) + 1
-        self._look_at(name, prompt, token_ids)
-
-    def _look_at(self, name: str, prompt: str | None, token_ids: list[int] | None) -> None:
-        """Warn, once for each patch, of a prompt of any route that its template could not have given."""
-        try:
-            content = self.content(name)
-        except RefusalError:
-            return
-        template, digest = content.meta.template, content.digest
-        if template is None or digest in self._warned:
-            return
-        if prompt is None:
-            looked_at = self._looked_at[digest] = self._looked_at.get(digest, 0) + 1
-            if looked_at > _DECODED or token_ids is None or self._engine.tokenizer is None:
-                return
-            prompt = self._engine.tokenizer.decode(token_ids)
-            first = template.pieces()[0]
-            # Without the token that a text begins with, which a template that is none of a chat's does not have.
-            prompt = prompt[max(prompt.find(first), 0) :]
-        if not template.matches(prompt):
-            self._warned.add(digest)
-            logger.warning(
-                "ksl_patch: a prompt for %r does not match the template that the patch was trained with, which "
-                "GET /v1/patches/%s shows and --apply-template gives to completions (said once).",
-                name,
-                name,
-            )
+        if Path(request.lora_path).is_file():
+            self._prompts.came(name, self._content(request.lora_path), prompt, token_ids)
 
     async def _read(self, file: PatchFile) -> Patch:
         self.may_change()
@@ -277,7 +240,7 @@ def checked_name(name: str, *, hub: bool = False) -> str:
 
 def _read(path: str) -> Content:
     patch = Patch.load(path)
-    return Content(patch.digest, patch.meta, len(patch.token_ids), patch.nbytes)
+    return Content(patch.digest, patch.meta, frozenset(patch.token_ids.tolist()), patch.nbytes)
 
 
 @functools.cache

@@ -21,24 +21,27 @@ def make_metrics() -> dict[str, Any]:
         "requests": Counter("ksl_patch:requests", "Requests by patch.", **by_patch),
         "prompt": Counter("ksl_patch:prompt_tokens", "Prompt tokens of finished requests by patch.", **by_patch),
         "generation": Counter("ksl_patch:generation_tokens", "Generated tokens by patch.", **by_patch),
+        "patched": Counter("ksl_patch:patched_positions", "Positions of prompts that a patch changes.", **by_patch),
+        "unaffected": Counter(
+            "ksl_patch:requests_without_effect", "Requests whose prompt has none of a patch's tokens.", **by_patch
+        ),
         "load": Histogram("ksl_patch:load_seconds", "Time to load a patch into the engine.", **_LATENCY),
         "replace": Histogram("ksl_patch:replace_seconds", "Time to replace a patch in the engine.", **_LATENCY),
     }
 
 
-def follow(processor: Any, metrics: dict[str, Any], came: Callable[[str, str | None, list[int] | None], None]) -> None:
+def follow(processor: Any, metrics: dict[str, Any], came: Callable[[Any, str | None, list[int] | None], None]) -> None:
     """Count requests when they come and tokens when they end, by patch, on a server's output processor.
 
-    came: is told of each request for a patch: the name, and the prompt's text and token ids as far as they are known.
+    came: is told of each request for a patch: vLLM's `LoRARequest`, the prompt's text and token ids as far as known.
     """
     add, finish = processor.add_request, processor._update_stats_from_finished
 
     @functools.wraps(add)
     def adding(request: Any, *args: Any, **kwargs: Any) -> Any:
         if request.lora_request is not None:
-            name = request.lora_request.lora_name
-            metrics["requests"].labels(patch=name).inc()
-            came(name, args[0] if args else kwargs.get("prompt"), request.prompt_token_ids)
+            metrics["requests"].labels(patch=request.lora_request.lora_name).inc()
+            came(request.lora_request, args[0] if args else kwargs.get("prompt"), request.prompt_token_ids)
         return add(request, *args, **kwargs)
 
     @functools.wraps(finish)
