@@ -79,6 +79,31 @@ def test_any_text_is_a_list_or_refused(header):
 PATCHES_NAMES = ("german", "brazil", "taiwan", "norway", "philippines", "serbia", "england", "america", "uzbek")
 
 
+SWAHILI = "Watu wote wamezaliwa huru, hadhi na haki zao ni sawa."
+
+
+@pytest.mark.parametrize(
+    ("body", "tag"),
+    [
+        ({"prompt": SWAHILI}, "sw"),
+        ({"messages": [{"role": "user", "content": "Good morning, how are you?"},
+                       {"role": "user", "content": SWAHILI}, {"role": "assistant", "content": "Well."}]}, "sw"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": SWAHILI}, {"type": "image_url"}]}]}, "sw"),
+        ({"input": SWAHILI}, "sw"), ({"input": [{"role": "user", "content": SWAHILI}]}, "sw"),
+        # What is no text, is not one, or says nothing.
+        ({"prompt": [SWAHILI, "Hello"]}, None), ({"prompt": [3, 4]}, None), ({"prompt": "1234 ???"}, None),
+        ({"messages": [{"role": "system", "content": SWAHILI}]}, None), ({"messages": "x"}, None), ({}, None),
+        ({"messages": [{"role": "user", "content": [{"text": 3}, 4]}], "input": {"role": 3}}, None),
+    ],
+)  # fmt: skip
+def test_the_language_of_a_request_s_text(body, tag):
+    from ksl_patch.vllm.detection import SURE, detect
+
+    found = detect(body)
+    assert (found and found[0]) == tag
+    assert found is None or SURE <= found[1] <= 1
+
+
 def test_a_batch_is_answered_by_language(model, patches, plain):
     spoken = {"brazil": (patches["a"], "pt-BR"), "kenya": (patches["b"], "sw")}
     with attach(model) as handle:

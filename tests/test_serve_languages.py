@@ -21,7 +21,15 @@ def server(base, home, patches, tmp_path_factory):  # noqa: F811
     for number, language in enumerate(LANGUAGES):
         patches[number].with_meta(language=language).save(folder / f"p{number}.safetensors")
         flags += ["--patch", str(folder / f"p{number}.safetensors")]
-    flags += ["--by-language", "--api-key", KEY, "--allow-runtime-patches", "--folder", str(folder)]
+    flags += [
+        "--by-language",
+        "--detect-language",
+        "--api-key",
+        KEY,
+        "--allow-runtime-patches",
+        "--folder",
+        str(folder),
+    ]
     flags += ["--chat-template", "{% for message in messages %}{{ message['content'] }}{% endfor %}"]
     server = Server(base, folder / "server.log", *flags, home=home)
     try:
@@ -104,6 +112,15 @@ def test_a_streamed_answer_and_responses(server, expected):  # noqa: F811
         assert raw.parse().model == "p1"
 
 
+def test_where_nothing_is_said_the_text_says_it(server, expected):  # noqa: F811
+    text = "Todos los seres humanos nacen libres e iguales en dignidad y derechos."
+    answer = ask(server, prompt=text)
+    assert (tokens(answer), said(answer)[1]) == (expected(0, text), "es")
+    assert answer.headers["x-ksl-language"].startswith("detected, score ")
+    for headers, body in (({"Accept-Language": "*"}, {}), ({}, {"language": "xh"})):
+        assert tokens(ask(server, headers=headers, prompt=text, **body)) == expected(None, text)
+
+
 def test_a_request_that_names_a_patch_gets_it(server, expected):  # noqa: F811
     answer = ask(server, headers={"Accept-Language": "es"}, model="p1")
     assert tokens(answer) == expected(1, TEXT)
@@ -152,7 +169,7 @@ def test_the_routes_say_what_would_be_chosen_and_what_comes_later_counts(server,
 
 def test_what_does_not_go_together_is_said(base):  # noqa: F811
     code, _, err = run_cli("serve", base, "--strict-language", "--dry-run")
-    assert (code, "are for --by-language" in err) == (2, True)
+    assert (code, "need --by-language" in err) == (2, True)
 
 
 def test_in_python_a_request_is_for_a_language(patches, tmp_path, monkeypatch):  # noqa: F811

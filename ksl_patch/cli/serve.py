@@ -79,6 +79,11 @@ class _Serve(click.Command):
     help="A request for BASE whose language is said (Content-Language, Accept-Language, or `language` in its body) "
     "gets the patch of that language.",
 )
+@click.option(
+    "--detect-language",
+    is_flag=True,
+    help="With --by-language: where a request says no language, the one that its text is in, where that is clear.",
+)
 @click.option("--strict-language", is_flag=True, help="With --by-language: 406 where no patch speaks it, not BASE.")
 @click.option("--other-scripts", is_flag=True, help="With --by-language: another script of the language will do.")
 @click.option(
@@ -105,6 +110,7 @@ def serve(
     allow_runtime_patches: bool,
     apply_template: bool,
     by_language: bool,
+    detect_language: bool,
     strict_language: bool,
     other_scripts: bool,
     key: Path | None,
@@ -118,8 +124,12 @@ def serve(
     """
     if as_json and not dry_run:
         raise click.UsageError("--json prints the command of --dry-run: add that, or leave it out.")
-    if (strict_language or other_scripts) and not by_language:
-        raise click.UsageError("--strict-language and --other-scripts are for --by-language: add that.")
+    if (detect_language or strict_language or other_scripts) and not by_language:
+        raise click.UsageError("--detect-language, --strict-language and --other-scripts need --by-language: add that.")
+    if detect_language:
+        from ksl_patch.vllm.detection import identifier
+
+        identifier()
     if not dry_run:
         _check_installed()
     flags = list(ctx.args)
@@ -156,6 +166,7 @@ def serve(
     if by_language:
         given[KEY] |= {
             "by_language": True,
+            "detect_language": detect_language,
             "strict_language": strict_language,
             "other_scripts": other_scripts,
             "languages": other_languages(served),

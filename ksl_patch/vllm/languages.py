@@ -8,6 +8,7 @@ from typing import Any
 
 from ksl_patch.errors import DataError
 from ksl_patch.patch.by_language import ByLanguage, Choice, accepted, check_tags
+from ksl_patch.vllm.detection import detect
 from ksl_patch.vllm.refusals import RefusalError
 from ksl_patch.vllm.served import Patches
 
@@ -54,7 +55,8 @@ class Languages:
     def choose(self, headers: Iterable[tuple[bytes, bytes]], content: dict[str, Any]) -> Answer | None:
         """Put the patch of a request's language in the place of the base, in its body.
 
-        None where the request names a patch, or says no language. Raises RefusalError: a 400 for what is no list of
+        None where the request names a patch, or says no language and none is detected. Raises RefusalError: a 400 for
+        what is no list of
         languages, and with `strict_language` a 406 where no patch speaks any of them.
         """
         model = content.get("model")
@@ -64,11 +66,14 @@ class Languages:
             said_by, tags = _said(headers, content.pop(_FIELD, None))
         except DataError as error:
             raise RefusalError(400, str(error)) from error
+        detected = None
+        if not said_by and self._patches.settings.detect_language and (detected := detect(content)):
+            said_by, tags = f"detected, score {detected[1]:.2f}", [detected[0]]
         if not tags:
             return None
         choice = self.find(tags)
         if choice.name is None:
-            if self._patches.settings.strict_language:
+            if self._patches.settings.strict_language and not detected:
                 raise RefusalError(406, choice.why)
             return Answer(choice, said_by, None)
         content["model"] = choice.name

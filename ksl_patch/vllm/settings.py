@@ -19,8 +19,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     runtime: whether the routes may load, replace and unload. template: whether prompts get the patch's template.
     orgs: users and organisations of the Hub whose patches a request, or the routes, may name.
     by_language: whether a request for the base that says a language gets a patch of it. strict_language: or a 406.
-    other_scripts: whether a patch in another script of the language will do. languages: tags by NAME@DIGEST, of patches
-        of which the local store has another description.
+    other_scripts: whether a patch in another script of the language will do. detect_language: whether the text says the
+        language where nothing else does. languages: tags by NAME@DIGEST, of patches of which the local store has
+        another description.
     guard: whether vLLM's own routes for adapters, which read any path, are closed.
     key: file of the public key that every patch must be signed with.
     kept_bytes: host memory for patches that were read, in each worker; beyond it a patch that no request in flight
@@ -35,6 +36,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     by_language: bool = False
     strict_language: bool = False
     other_scripts: bool = False
+    detect_language: bool = False
     languages: dict[str, str] = {}
     guard: bool = False
     key: str | None = None
