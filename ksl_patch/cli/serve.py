@@ -74,6 +74,9 @@ class _Serve(click.Command):
 @click.option("--allow-runtime-patches", is_flag=True, help="Load, replace and unload over HTTP. Needs an API key.")
 @click.option("--apply-template", is_flag=True, help="Give /v1/completions prompts the template of their patch.")
 @click.option(
+    "--page", is_flag=True, help="A page at /patches: type, choose a language, see BASE and patch side by side."
+)
+@click.option(
     "--by-language",
     is_flag=True,
     help="A request for BASE whose language is said (Content-Language, Accept-Language, or `language` in its body) "
@@ -109,6 +112,7 @@ def serve(
     max_rows: int | None,
     allow_runtime_patches: bool,
     apply_template: bool,
+    page: bool,
     by_language: bool,
     detect_language: bool,
     strict_language: bool,
@@ -163,6 +167,8 @@ def serve(
         "guard": looks_up and not os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
         "key": None if key is None else str(key.resolve()),
     }
+    if page:
+        given[KEY]["page"] = True
     if by_language:
         given[KEY] |= {
             "by_language": True,

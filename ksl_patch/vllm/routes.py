@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
+import hashlib
+import re
 import weakref
 from argparse import Namespace
+from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import HTMLResponse
 from starlette.datastructures import State
 from vllm.lora.resolver import LoRAResolverRegistry
 
@@ -44,6 +49,8 @@ class PatchRoutes:
         if settings.folders or settings.orgs:
             LoRAResolverRegistry.register_resolver("ksl_patch", PatchResolver(settings))
         app.include_router(router)
+        if settings.page:
+            app.get("/patches", include_in_schema=False)(show_page)
         app.add_middleware(Middleware, state=app.state, guard=settings.guard, by_language=settings.by_language)
         app.add_exception_handler(RefusalError, refuse)
 
@@ -53,6 +60,17 @@ class PatchRoutes:
         state.ksl_patch = Patches(engine_client, state.openai_serving_models, read_settings(args.additional_config))
         state.ksl_languages = Languages(state.ksl_patch)
         await state.ksl_patch.start()
+
+
+async def show_page() -> HTMLResponse:
+    """A page on which a person types, chooses a language, and sees base and patch side by side."""
+    text = files("ksl_patch.vllm").joinpath("page.html").read_text("utf-8")
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    policy = f"default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src {allowed}"
+    headers = {"content-security-policy": f"{policy}; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"}
+    return HTMLResponse(text, headers=headers | {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"})
 
 
 @router.get("")

@@ -22,6 +22,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     other_scripts: whether a patch in another script of the language will do. detect_language: whether the text says the
         language where nothing else does. languages: tags by NAME@DIGEST, of patches of which the local store has
         another description.
+    page: whether a page for people is at /patches.
     guard: whether vLLM's own routes for adapters, which read any path, are closed.
     key: file of the public key that every patch must be signed with.
     kept_bytes: host memory for patches that were read, in each worker; beyond it a patch that no request in flight
@@ -38,6 +39,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     other_scripts: bool = False
     detect_language: bool = False
     languages: dict[str, str] = {}
+    page: bool = False
     guard: bool = False
     key: str | None = None
     kept_bytes: int = 2 << 30
