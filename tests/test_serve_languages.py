@@ -1,7 +1,12 @@
 """`ksl-patch serve --by-language`: vLLM's real server picks a patch by the language that a request says."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
-from conftest import run_cli, tiny_llama
+from conftest import ROOT, run_cli, tiny_llama
 from test_hf import some_patch
 from test_serve import KEY, PLAIN, TEXT, Server, base, expected, home, model, patches  # noqa: F401 - fixtures
 
@@ -194,3 +199,23 @@ def test_in_python_a_request_is_for_a_language(patches, tmp_path, monkeypatch): 
     store.add(some_patch(tiny_llama(seed=9), 3).with_meta(language="es"), "elsewhere")
     with pytest.raises(PatchError, match=r"several bases speak 'es' \(elsewhere, p0\)"):
         lora_request(language="es")
+
+
+def test_the_example_asks_for_languages(server, expected):  # noqa: F811
+    command = [sys.executable, ROOT / "examples/by_language.py", f"{server.url}/v1", server.base, TEXT, "pt", "fr"]
+    environment = os.environ | {"OPENAI_API_KEY": KEY}
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=120)
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stdout.splitlines() if line.startswith("openai, ")]
+    assert "by p1@" in lines[0]
+    assert "by the base (accept-language: no patch speaks fr.)" in lines[1]
+
+
+def test_curl_asks_for_a_language(server, expected):  # noqa: F811
+    body = {"model": server.base, "prompt": TEXT, "max_tokens": 20, "temperature": 0, "return_token_ids": True,
+            "ignore_eos": True}  # fmt: skip
+    command = ["curl", "-si", f"{server.url}/v1/completions", "-H", "Content-Type: application/json"]
+    command += ["-H", f"Authorization: Bearer {KEY}", "-H", "Accept-Language: pt-BR, es;q=0.8", "-d", json.dumps(body)]
+    head, _, content = subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("\r\n\r\n")
+    assert "x-ksl-patch: p1@" in head
+    assert json.loads(content)["choices"][0]["token_ids"] == expected(1, TEXT)
