@@ -27,7 +27,9 @@ def server(base, home, patches, tmp_path_factory):  # noqa: F811
     patches[0].with_meta(language="es").save(folder / "es.safetensors")
     patches[1].with_meta(language="pt-BR", template=SOFT).save(folder / "brazil.safetensors")
     flags = ["--patch", f"es={folder / 'es.safetensors'}", "--patch", f"brazil={folder / 'brazil.safetensors'}"]
-    server = Server(base, folder / "server.log", *flags, "--page", "--api-key", KEY, home=home)
+    server = Server(
+        base, folder / "server.log", *flags, "--page", "--by-language", "--detect-language", "--api-key", KEY, home=home
+    )
     try:
         yield server.wait()
     finally:
@@ -48,7 +50,7 @@ def test_base_and_patch_answer_side_by_side(server, tmp_path, width, scheme):
     said, asked = [], []
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme, locale="es-ES")
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))

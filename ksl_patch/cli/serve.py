@@ -15,6 +15,7 @@ from click.shell_completion import CompletionItem
 from ksl_patch.cli.options import NAMED_REFERENCE, PATH_OR_ID, REFERENCE, json_option
 from ksl_patch.cli.served import check_base, other_languages, read_patches, show
 from ksl_patch.errors import RunError
+from ksl_patch.patch.by_language import check_tags
 from ksl_patch.vllm.flags import check_flags, plugins, read_flags
 from ksl_patch.vllm.plugin import SUPPORTED
 from ksl_patch.vllm.settings import KEY, read_settings
@@ -87,6 +88,13 @@ class _Serve(click.Command):
     is_flag=True,
     help="With --by-language: where a request says no language, the one that its text is in, where that is clear.",
 )
+@click.option(
+    "--base-language",
+    "base_languages",
+    metavar="TAG",
+    multiple=True,
+    help="With --by-language: one that BASE speaks itself, so that whoever wants it first gets BASE. Repeat for more.",
+)
 @click.option("--strict-language", is_flag=True, help="With --by-language: 406 where no patch speaks it, not BASE.")
 @click.option("--other-scripts", is_flag=True, help="With --by-language: another script of the language will do.")
 @click.option(
@@ -115,6 +123,7 @@ def serve(
     page: bool,
     by_language: bool,
     detect_language: bool,
+    base_languages: tuple[str, ...],
     strict_language: bool,
     other_scripts: bool,
     key: Path | None,
@@ -128,8 +137,11 @@ def serve(
     """
     if as_json and not dry_run:
         raise click.UsageError("--json prints the command of --dry-run: add that, or leave it out.")
-    if (detect_language or strict_language or other_scripts) and not by_language:
-        raise click.UsageError("--detect-language, --strict-language and --other-scripts need --by-language: add that.")
+    if (detect_language or base_languages or strict_language or other_scripts) and not by_language:
+        raise click.UsageError(
+            "--detect-language, --base-language, --strict-language and --other-scripts need --by-language: add that."
+        )
+    check_tags(base_languages)
     if detect_language:
         from ksl_patch.vllm.detection import identifier
 
@@ -173,6 +185,7 @@ def serve(
         given[KEY] |= {
             "by_language": True,
             "detect_language": detect_language,
+            "base_languages": list(base_languages),
             "strict_language": strict_language,
             "other_scripts": other_scripts,
             "languages": other_languages(served),

@@ -86,14 +86,14 @@ def read_patches(patches: tuple[str, ...], key: Path | None) -> list[Served]:
     return served
 
 
-def other_languages(served: list[Served]) -> dict[str, str]:
+def other_languages(served: list[Served]) -> dict[str, str | None]:
     """The languages of patches that the store says otherwise of: it has one description for equal rows."""
     from ksl_patch.patch import Patch
 
     return {
         f"{name}@{patch.digest}": patch.meta.language
         for name, path, patch, _ in served
-        if patch is not None and patch.meta.language and Patch.load(path).meta.language != patch.meta.language
+        if patch is not None and Patch.load(path).meta.language != patch.meta.language
     }
 
 

@@ -194,8 +194,10 @@ class PatchHandle:
                 return None
             if found := self.for_language(language):
                 return found
-            spoken = sorted({each.meta.language for each in self._blocks.loaded.values() if each.meta.language})
-            raise RunError(f"no loaded patch speaks {language!r}; they speak {', '.join(spoken) or 'none'}.")
+            from ksl_patch.patch.by_language import spoken
+
+            known = spoken(each.meta.language for each in list(self._blocks.loaded.values()))
+            raise RunError(f"no loaded patch speaks {language!r}; they speak {known}.")
 
         return (
             name(languages) if languages is None or isinstance(languages, str) else [name(each) for each in languages]

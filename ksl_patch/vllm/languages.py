@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ksl_patch.errors import DataError
-from ksl_patch.patch.by_language import ByLanguage, Choice, accepted, check_tags
+from ksl_patch.patch.by_language import Accepted, ByLanguage, Choice, accepted, check_tags
 from ksl_patch.vllm.detection import detect
 from ksl_patch.vllm.refusals import RefusalError
 from ksl_patch.vllm.served import Patches
 
 _HEADERS = (b"content-language", b"accept-language")  # of a request that says both, the first counts
-_FIELD = "language"
+_FIELD, _ANY = "language", "*"
 
 
 @dataclass(frozen=True)
@@ -44,55 +44,64 @@ class Languages:
         self._of: tuple[Any, ...] | None = None
         self._index = ByLanguage({})
 
-    def find(self, tags: list[str]) -> Choice:
+    def find(self, tags: Sequence[str], refused: Sequence[str] = ()) -> Choice:
         """The patch of the first of the tags that has one."""
+        # Requests differ where name, id or path do: plugin.py's equality, in place of vLLM's by name alone.
         if (served := self._patches.requests()) != self._of:
             languages = {name: self._patches.language(name) for name in self._patches.names()}
-            self._index = ByLanguage(languages, across_scripts=self._patches.settings.other_scripts)
+            settings = self._patches.settings
+            self._index = ByLanguage(languages, base=settings.base_languages, across_scripts=settings.other_scripts)
             self._of = served
-        return self._index.choose(tags)
+        return self._index.choose(tags, refused)
 
     def choose(self, headers: Iterable[tuple[bytes, bytes]], content: dict[str, Any]) -> Answer | None:
         """Put the patch of a request's language in the place of the base, in its body.
 
         None where the request names a patch, or says no language and none is detected. Raises RefusalError: a 400 for
-        what is no list of
-        languages, and with `strict_language` a 406 where no patch speaks any of them.
+        what is no list of languages, and with `strict_language` a 406 where no patch speaks any of them.
         """
-        model = content.get("model")
-        if model and not (isinstance(model, str) and self._patches.is_base(model)):
+        model, settings = content.get("model"), self._patches.settings
+        if model not in (None, "") and not (isinstance(model, str) and self._patches.is_base(model)):
             return None
         try:
-            said_by, tags = _said(headers, content.pop(_FIELD, None))
+            said_by, said = _said(headers, content.pop(_FIELD, None))
         except DataError as error:
             raise RefusalError(400, str(error)) from error
-        detected = None
-        if not said_by and self._patches.settings.detect_language and (detected := detect(content)):
-            said_by, tags = f"detected, score {detected[1]:.2f}", [detected[0]]
-        if not tags:
+        tags, detected = said.tags, None
+        if not said_by and settings.detect_language and (detected := detect(content)):
+            said_by, tags = f"detected, score {detected[1]:.2f}", (detected[0],)
+        if not said_by:
             return None
-        choice = self.find(tags)
+        choice = self.find(tags, said.refused)
         if choice.name is None:
-            if self._patches.settings.strict_language and not detected:
+            if settings.strict_language and choice.language is None and tags and not (detected or said.any):
                 raise RefusalError(406, choice.why)
             return Answer(choice, said_by, None)
         content["model"] = choice.name
         return Answer(choice, said_by, self._patches.digest(choice.name))
 
 
-def _said(headers: Iterable[tuple[bytes, bytes]], field: Any) -> tuple[str, list[str]]:
-    """Where a request says its languages, and these. Raises DataError."""
+def _said(headers: Iterable[tuple[bytes, bytes]], field: Any) -> tuple[str, Accepted]:
+    """Where a request says its languages, and these; nowhere for a header that takes any. Raises DataError."""
     given: dict[bytes, list[str]] = {}
     for name, value in headers:
         if name in _HEADERS:
             given.setdefault(name, []).append(value.decode("latin-1"))
-    by_header = next(((name.decode(), accepted(",".join(given[name]))) for name in _HEADERS if name in given), None)
+    said_by, said = "", Accepted()
+    for name in _HEADERS:
+        found = accepted(",".join(given.get(name, ())))
+        if found.tags:
+            ignored = f" but for {len(found.ignored)} of no language" if found.ignored else ""
+            said_by, said = name.decode() + ignored, found
+            break
     if field is None:
-        return by_header or ("", [])
+        return said_by, said
+    if field == _ANY:
+        return _FIELD, Accepted(any=True)
     tags = [field] if isinstance(field, str) else field
     if not isinstance(tags, list) or not tags or not all(isinstance(tag, str) for tag in tags):
-        raise DataError("language is the tag of a language, such as 'pt-BR', or a list of them.")
-    said_by = _FIELD
-    if by_header and by_header[1] != tags:
-        said_by = f"{_FIELD}, which goes before {by_header[0]}"
-    return said_by, check_tags(tags)
+        raise DataError(
+            f"language is the tag of a language, such as 'pt-BR', a list of them, or {_ANY!r} for the base."
+        )
+    conflict = said_by and said.tags != tuple(tags)
+    return f"{_FIELD}, which goes before {said_by}" if conflict else _FIELD, Accepted(tuple(check_tags(tags)))

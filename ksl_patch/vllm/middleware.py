@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from starlette._utils import get_route_path
 from starlette.datastructures import State
 
 from ksl_patch.vllm.languages import Answer
@@ -16,7 +17,10 @@ _GUARDED = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters")
 _COMPLETIONS = ("/v1/completions", "/v1/completions/render", "/invocations")
 _ADAPTER_HEADER = b"x-amzn-sagemaker-adapter-identifier"
 # Others that answer, and name a model.
-_CHATS = ("/v1/chat/completions", "/v1/chat/completions/render", "/v1/responses", "/v1/messages")
+_CHATS = (
+    "/v1/chat/completions", "/v1/chat/completions/render", "/v1/chat/completions/batch", "/v1/responses",
+    "/v1/responses/render", "/v1/messages", "/v1/messages/render", "/cohere/v2/chat", "/inference/v1/generate",
+)  # fmt: skip
 _MAX_BODY = 64 * 2**20
 
 
@@ -33,7 +37,7 @@ class Middleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer a request, or pass it on."""
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        path = get_route_path(scope) if "path" in scope else ""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif self._guard and path.startswith(_GUARDED):
@@ -44,16 +48,17 @@ class Middleware:
             await self._app(scope, receive, send)
 
     async def _generation(self, scope: Any, receive: Any, send: Any, path: str) -> None:
-        messages, body = [], b""
+        messages, length = [], 0
         while True:
             message = await receive()
             messages.append(message)
-            body += message.get("body", b"")
-            if message["type"] != "http.request" or not message.get("more_body") or len(body) > _MAX_BODY:
+            length += len(message.get("body", b""))
+            if message["type"] != "http.request" or not message.get("more_body") or length > _MAX_BODY:
                 break
         if messages[-1].get("more_body"):
             await refusal(413, f"a request has at most {_MAX_BODY:,} bytes.")(scope, receive, send)
             return
+        body = b"".join(message.get("body", b"") for message in messages)
         try:
             content = json.loads(body)
         except (ValueError, RecursionError):

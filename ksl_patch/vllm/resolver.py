@@ -21,6 +21,8 @@ from ksl_patch.vllm.sources import from_folders, from_hub, from_store
 logger = logging.getLogger("vllm.ksl_patch")
 _REFUSED = 1024  # names that are remembered as nobody's
 _SECONDS = 5.0  # and for how long
+# The languages of what was found, by name and path: the store has one description for equal rows.
+resolved: dict[tuple[str, str], str | None] = {}
 
 
 class PatchResolver(LoRAResolver):  # type: ignore[misc]
@@ -48,9 +50,10 @@ class PatchResolver(LoRAResolver):  # type: ignore[misc]
 
     def _find(self, name: str) -> Path:
         store = Store()
-        if "/" in name:
-            return store.add(from_hub(name, self._settings))
-        check_name(name)
-        if is_digest(name):
+        if "/" not in name and is_digest(check_name(name)):
             return store.path(from_store(name, self._settings).digest)
-        return store.add(from_folders(Path(f"{name}{SUFFIX}"), self._settings))
+        file = Path(f"{name}{SUFFIX}")
+        patch = from_hub(name, self._settings) if "/" in name else from_folders(file, self._settings)
+        path = store.add(patch)
+        resolved[name, str(path)] = patch.meta.language
+        return path

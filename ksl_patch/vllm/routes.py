@@ -83,7 +83,10 @@ async def list_patches(request: Request, language: str | None = None) -> dict[st
     found: dict[str, Any] = {"object": "list", "data": [patches.describe(name) for name in patches.names()]}
     if language is not None:
         try:
-            choice = request.app.state.ksl_languages.find(accepted(language))
+            said = accepted(language)
+            if said.ignored:
+                raise DataError(f"{said.ignored[0][:100]!r} is not a language with a weight, such as 'pt-BR;q=0.5'.")
+            choice = request.app.state.ksl_languages.find(said.tags, said.refused)
         except DataError as error:
             raise RefusalError(400, str(error)) from error
         found["choice"] = dataclasses.asdict(choice) | {"is_used": patches.settings.by_language}

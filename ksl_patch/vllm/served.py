@@ -21,6 +21,7 @@ from ksl_patch.store.hub import HubReference
 from ksl_patch.store.local import Store
 from ksl_patch.vllm.prompts import Content, Prompts
 from ksl_patch.vllm.refusals import RefusalError
+from ksl_patch.vllm.resolver import resolved
 from ksl_patch.vllm.server_metrics import follow, make_metrics
 from ksl_patch.vllm.settings import Settings
 from ksl_patch.vllm.sources import PatchFile, open_file
@@ -65,7 +66,9 @@ class Patches:
         content, own = self.content(name), self._languages.get(name)
         if own is not None and own[0] == self._models.lora_requests[name].lora_int_id:
             return own[1]
-        return self.settings.languages.get(f"{name}@{content.digest}", content.meta.language)
+        if (key := f"{name}@{content.digest}") in self.settings.languages:
+            return self.settings.languages[key]
+        return resolved.get((name, self._models.lora_requests[name].lora_path), content.meta.language)
 
     def is_base(self, name: str) -> bool:
         """Whether a name is the base's."""

@@ -39,7 +39,8 @@ def follow(processor: Any, metrics: dict[str, Any], came: Callable[[Any, str | N
 
     @functools.wraps(add)
     def adding(request: Any, *args: Any, **kwargs: Any) -> Any:
-        if request.lora_request is not None:
+        index = args[2] if len(args) > 2 else kwargs.get("request_index", 0)
+        if request.lora_request is not None and index == 0:  # of several answers to one prompt the first
             metrics["requests"].labels(patch=request.lora_request.lora_name).inc()
             came(request.lora_request, args[0] if args else kwargs.get("prompt"), request.prompt_token_ids)
         return add(request, *args, **kwargs)

@@ -19,6 +19,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     runtime: whether the routes may load, replace and unload. template: whether prompts get the patch's template.
     orgs: users and organisations of the Hub whose patches a request, or the routes, may name.
     by_language: whether a request for the base that says a language gets a patch of it. strict_language: or a 406.
+    base_languages: tags of languages that the base speaks itself.
     other_scripts: whether a patch in another script of the language will do. detect_language: whether the text says the
         language where nothing else does. languages: tags by NAME@DIGEST, of patches of which the local store has
         another description.
@@ -35,10 +36,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     runtime: bool = False
     template: bool = False
     by_language: bool = False
+    base_languages: tuple[str, ...] = ()
     strict_language: bool = False
     other_scripts: bool = False
     detect_language: bool = False
-    languages: dict[str, str] = {}
+    languages: dict[str, str | None] = {}
     page: bool = False
     guard: bool = False
     key: str | None = None
