@@ -21,7 +21,7 @@ PATCHES = ByLanguage({
     [
         ("de", "german"), ("DE-ch", "german"), ("pt", "brazil"), ("pt-PT", "brazil"), ("zh-TW", "taiwan"),
         ("zh-HK", "taiwan"), ("nb", "norway"), ("tl", "philippines"), ("en-AU", "england"), ("en-US", "america"),
-        
+
         # Another language, however near, and another script are none.
         ("gsw", None), ("nn", None), ("da", None), ("hr", None), ("bs", None), ("yue", None), ("gl", None),
         ("zh", None), ("zh-CN", None), ("uz-Cyrl", None), ("sr-Latn", None), ("fr", None),

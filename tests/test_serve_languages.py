@@ -225,6 +225,6 @@ def test_curl_asks_for_a_language(server, expected):  # noqa: F811
             "ignore_eos": True}  # fmt: skip
     command = ["curl", "-si", f"{server.url}/v1/completions", "-H", "Content-Type: application/json"]
     command += ["-H", f"Authorization: Bearer {KEY}", "-H", "Accept-Language: pt-BR, es;q=0.8", "-d", json.dumps(body)]
-    head, _, content = subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("\r\n\r\n")
+    head, _, content = subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("\n\n")
     assert "x-ksl-patch: p1@" in head
     assert json.loads(content)["choices"][0]["token_ids"] == expected(1, TEXT)
