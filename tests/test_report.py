@@ -301,3 +301,17 @@ def test_a_run_folder_of_another_patch_is_not_this_one_s(model, tmp_path):
     code, _, err = run_cli("report", tmp_path / "es.safetensors", *named)
     assert code == 1
     assert "there is no record of this patch" in err
+
+
+def test_more_patches_than_fit_side_by_side_stand_in_lines_and_what_all_share_once(model):
+    patches = [
+        make(model, name, 0).with_meta(language=name, evaluation=None) for name in ("es", "fr", "de", "it", "sw")
+    ]
+    page = make_report(patches, [None] * 5)
+    comparison = page[page.index('<section id="comparison">') : page.index("Tokens that two patches share")]
+    assert comparison.count('<th scope="row">sw</th>') == comparison.count("<td>sw</td>") == 1
+    assert "The same for all:" in comparison
+    assert comparison.count("no figures beside the loss") == 1
+    few = make_report(patches[:2], [None] * 2)
+    assert '<th scope="col">fr</th>' in few
+    assert few.count("The same for all:") == 1
