@@ -88,8 +88,8 @@ def _said(headers: Iterable[tuple[bytes, bytes]], field: Any) -> tuple[str, Acce
         if name in _HEADERS:
             given.setdefault(name, []).append(value.decode("latin-1"))
     said_by, said = "", Accepted()
-    for name in _HEADERS:
-        found = accepted(",".join(given.get(name, ())))
+    for name in (name for name in _HEADERS if name in given):
+        found = accepted(",".join(given[name]))
         if found.tags:
             ignored = f" but for {len(found.ignored)} of no language" if found.ignored else ""
             said_by, said = name.decode() + ignored, found
