@@ -8,17 +8,15 @@ the tables of docs/cli.md (`--tables` writes these alone).
 """
 
 import dataclasses
-from pathlib import Path
 
-import click
 import numpy as np
-from study import ROOT, changed, keep_part, kept_in, make, named, not_measured, settings, write_tables
+from reserved import slot_of
+from study import ROOT, changed, command, keep_part, kept_in, named, not_measured, settings
 
 from ksl_patch.cli.settings import MOST_STEPS
 from ksl_patch.evidence.outputs import Outputs
 from ksl_patch.evidence.scorer import Scorer
 from ksl_patch.hf import attach
-from ksl_patch.overlay import slot_rows
 from ksl_patch.patch.wording import difference
 from ksl_patch.store.card import markdown_table
 from ksl_patch.train.build import Build
@@ -60,7 +58,7 @@ class Study:
         }  # fmt: skip
 
     def losses(self, build, patch, held_out):
-        with attach(build.model) as handle, handle.serving(handle.bank.add(slot_rows(patch)) if patch else 0):
+        with attach(build.model) as handle, handle.serving(slot_of(handle, patch)):
             return answer_losses(build.model, held_out.examples, marking=handle.marking)
 
     def runs(self, which):
@@ -135,14 +133,5 @@ def tables(kept):
     return found | {"auto_runs": found["auto_runs"] + not_measured(kept, WANTED)}
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=".demo")
-@click.option("--tables", "only_tables", is_flag=True, help="Write the tables of the kept results only.")
-def run_study(folder: Path, only_tables: bool) -> None:
-    if not only_tables:
-        make(Study, folder, RESULTS)
-    write_tables(DOCUMENT, RESULTS, tables(kept_in(RESULTS, WANTED)))
-
-
 if __name__ == "__main__":
-    run_study()
+    command(Study, DOCUMENT, RESULTS, lambda: tables(kept_in(RESULTS, WANTED)))()

@@ -28,7 +28,7 @@ def py3langid():
 
 
 def lingua():
-    from lingua import LanguageDetectorBuilder
+    from lingua import Language, LanguageDetectorBuilder
 
     detector = LanguageDetectorBuilder.from_all_languages().with_preloaded_language_models().build()
 
@@ -36,13 +36,7 @@ def lingua():
         best = detector.compute_language_confidence_values(text)[0]
         return best.language.iso_code_639_1.name.lower(), best.value
 
-    return classify, [each.iso_code_639_1.name.lower() for each in detector_languages()]
-
-
-def detector_languages():
-    from lingua import Language
-
-    return Language.all()
+    return classify, [each.iso_code_639_1.name.lower() for each in Language.all()]
 
 
 def fasttext():

@@ -10,9 +10,7 @@ writes these alone). A part is made again where its settings changed, or its fil
 import dataclasses
 import inspect
 import re
-from pathlib import Path
 
-import click
 import numpy as np
 from study import (
     DOMAINS,
@@ -21,16 +19,15 @@ from study import (
     ROOT,
     ROWS,
     changed,
+    command,
     figures_table,
     keep_part,
     kept_in,
-    make,
     named,
     not_measured,
     row_name,
     settings,
     whole,
-    write_tables,
 )
 
 from ksl_patch.evidence.evaluate import evaluate
@@ -431,14 +428,5 @@ def tables(kept):
     return found
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=".demo")
-@click.option("--tables", "only_tables", is_flag=True, help="Write the tables of the kept results only.")
-def run_study(folder: Path, only_tables: bool) -> None:
-    if not only_tables:
-        make(Study, folder, RESULTS)
-    write_tables(DOCUMENT, RESULTS, tables(kept_results()))
-
-
 if __name__ == "__main__":
-    run_study()
+    command(Study, DOCUMENT, RESULTS, lambda: tables(kept_results()))()

@@ -668,14 +668,19 @@ def write_tables(document: Path, results: Path, parts: dict[str, str]) -> None:
     console.print(f"Wrote {results} and the tables of {document}.")
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=".demo")
-@click.option("--tables", "only_tables", is_flag=True, help="Write the tables of the kept results only.")
-def run_study(folder: Path, only_tables: bool) -> None:
-    if not only_tables:
-        make(Study, folder, RESULTS)
-    write_tables(DOCUMENT, RESULTS, tables(kept_results(), json.loads(DAMPING.read_bytes())))
+def command(study: type, document: Path, results: Path, tables) -> click.Command:
+    """The command line of a study. tables: gives the document's parts from the kept results, by name."""
+
+    @click.command()
+    @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=".demo")
+    @click.option("--tables", "only_tables", is_flag=True, help="Write the tables of the kept results only.")
+    def run_study(folder: Path, only_tables: bool) -> None:
+        if not only_tables:
+            make(study, folder, results)
+        write_tables(document, results, tables())
+
+    return run_study
 
 
 if __name__ == "__main__":
-    run_study()
+    command(Study, DOCUMENT, RESULTS, lambda: tables(kept_results(), json.loads(DAMPING.read_bytes())))()

@@ -15,7 +15,6 @@ from click.shell_completion import CompletionItem
 from ksl_patch.cli.options import NAMED_REFERENCE, PATH_OR_ID, REFERENCE, json_option
 from ksl_patch.cli.served import check_base, other_languages, read_patches, show
 from ksl_patch.errors import RunError
-from ksl_patch.patch.by_language import check_tags
 from ksl_patch.vllm.flags import check_flags, plugins, read_flags
 from ksl_patch.vllm.plugin import SUPPORTED
 from ksl_patch.vllm.settings import KEY, read_settings
@@ -141,7 +140,10 @@ def serve(
         raise click.UsageError(
             "--detect-language, --base-language, --strict-language and --other-scripts need --by-language: add that."
         )
-    check_tags(base_languages)
+    if base_languages:
+        from ksl_patch.patch.by_language import check_tags
+
+        check_tags(base_languages)
     if detect_language:
         from ksl_patch.vllm.detection import identifier
 

@@ -79,7 +79,7 @@ def read_recipes(path: Path) -> tuple[str, dict[str, Recipe]]:
     Relative paths are from the file's folder. Raises RunError for what is not one.
     """
     found, folder = _read(path), path.resolve().parent
-    references, recipes = read_config(path).patches, {}
+    references, recipes = _resolved(_served(found), path).patches, {}
     for name, entry in found.patches.items():
         if isinstance(entry, dict):
             merged = {key.replace("_", "-"): value for part in (found.build, entry) for key, value in part.items()}
@@ -135,8 +135,11 @@ def _read(path: Path) -> _File:
 
 
 def _parse(path: Path) -> Config:
+    return _served(_read(path))
+
+
+def _served(found: _File) -> Config:
     """What is served of a patches.toml: of a patch that is built, its file."""
-    found = _read(path)
     served = {
         name: f".{os.sep}{_file_of(name, entry)}" if isinstance(entry, dict) else entry
         for name, entry in found.patches.items()
